@@ -44,6 +44,12 @@ def collate(rows: Sequence[TokenRow], pad_id: int, device: torch.device | str = 
     return Batch(input_ids.to(device), attention_mask.to(device), loss_mask.to(device))
 
 
+def autocast(model: torch.nn.Module) -> torch.autocast:
+    """bfloat16 arithmetic where the model's base is bfloat16 (its adapters are float32); no change otherwise."""
+    weight = next(model.parameters())
+    return torch.autocast(weight.device.type, dtype=torch.bfloat16, enabled=weight.dtype == torch.bfloat16)
+
+
 def token_nll(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """The NLL of every predicted token.
 

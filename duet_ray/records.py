@@ -221,6 +221,8 @@ class Trial:
     """Where the ratio came from: `uniform`, `random`, `bayesian:lcb`, `confirm:t0003`, …"""
     samples: tuple[SampleResult, ...] = ()
     observation: Observation | None = None
+    reason: str | None = None
+    """Why a failed trial has no observation."""
 
     @property
     def name(self) -> str:

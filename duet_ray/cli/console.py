@@ -1,0 +1,46 @@
+"""What the verbs share: consoles, options, and opening a study by its file or its folder."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+if TYPE_CHECKING:
+    from duet_ray.study import Study
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+StudyFile = Annotated[Path, typer.Argument(help="The study file (YAML).", metavar="STUDY.YAML")]
+StudyPlace = Annotated[Path, typer.Argument(help="The study file, or the study's folder.", metavar="STUDY")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="Override one key, e.g. --set search.n_trials=20. Repeatable.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output, and nothing else there.")]
+
+
+def fail(message: str) -> None:
+    """Print an error to standard error."""
+    err.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+
+
+def say(message: str) -> None:
+    """Print a line for people; to standard error, so that standard output stays for results."""
+    err.print(escape(message), soft_wrap=True)
+
+
+def print_json(data: Any) -> None:
+    typer.echo(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+
+
+def open_study(place: Path, overrides: list[str] | None = None) -> "Study":
+    """A study by its file, or by the folder that `duet run` made."""
+    from duet_ray.config import load_config
+    from duet_ray.study import Study
+
+    if place.is_dir():
+        return Study.open(place)
+    return Study(load_config(place, overrides or []))

@@ -1,0 +1,158 @@
+"""The fleet: `fleet.groups` Ray Train runs, each its own failure domain, all fed by one broker.
+
+Each group is a `TorchTrainer.fit()` in a thread of the driver. A worker killed in one group restarts that group alone.
+"""
+
+import logging
+import os
+import secrets
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from duet_ray.config import StudyConfig
+from duet_ray.errors import ResourceError
+from duet_ray.execution.group import group_loop
+from duet_ray.execution.worker import Assignment
+
+log = logging.getLogger(__name__)
+
+MAX_GROUP_RESTARTS = 100
+"""Deaths of the infrastructure have a generous bound of their own: see also `sampling.max_retries` for one sample."""
+
+
+@contextmanager
+def ray_session(config: StudyConfig) -> Iterator[Any]:
+    """A Ray to run on: the one at `RAY_ADDRESS` or already connected, else a local one, stopped at the end."""
+    # Before ray is imported: workers stay in their folder, Tune prints nothing of its own, nothing is sent anywhere.
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    import ray
+
+    if ray.is_initialized():
+        check_resources(config, ray.cluster_resources())
+        yield ray
+        return
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(address=os.environ["RAY_ADDRESS"], **quiet)
+    else:
+        # Ray turns token authentication on by itself; the token is this run's own and is written to no file.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        ray.init(address="local", include_dashboard=False, **quiet)
+    try:
+        check_resources(config, ray.cluster_resources())
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def check_resources(config: StudyConfig, have: dict[str, float]) -> None:
+    """Say at once when the fleet asks for more than there is.
+
+    Args:
+        have: as `ray.cluster_resources()` gives it.
+
+    Raises:
+        ResourceError: names need, have and the settings to change.
+    """
+    fleet = config.fleet
+    n_workers = fleet.groups * fleet.workers_per_group
+    problems = []
+    for resource, each, setting in (
+        ("GPU", fleet.gpus_per_worker, "gpus_per_worker"),
+        ("CPU", fleet.cpus_per_worker, "cpus_per_worker"),
+    ):
+        need, there = n_workers * each, have.get(resource, 0)
+        if need > there + 1e-9:
+            problems.append(
+                f"fleet: needs {need:g} {resource}s ({fleet.groups} groups × {fleet.workers_per_group} workers × "
+                f"{each:g}) and there are {there:g}; lower fleet.groups or fleet.{setting}"
+            )
+    if problems:
+        raise ResourceError("\n".join(problems))
+
+
+class Fleet:
+    """The groups of one study; started in `__enter__`, ended in `__exit__`."""
+
+    def __init__(self, config: StudyConfig, assignment: Assignment, *, broker_name: str, namespace: str) -> None:
+        self._config = config
+        self._assignment = assignment
+        self._broker_name, self._namespace = broker_name, namespace
+        self._scratch = config.study_folder / ".ray" / broker_name
+        self._threads: list[threading.Thread] = []
+        self._ended: dict[int, str] = {}
+        self._closing = False
+
+    def __enter__(self) -> "Fleet":
+        # Imported here once: several threads that import it at the same time find it half made.
+        import ray.train.torch  # noqa: F401
+
+        for group in range(self._config.fleet.groups):
+            thread = threading.Thread(target=self._run_group, args=(group,), daemon=True, name=f"group-{group}")
+            thread.start()
+            self._threads.append(thread)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing = True
+        for thread in self._threads:
+            thread.join(timeout=10)
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def ended(self) -> dict[int, str]:
+        """Group → why it ended, for those that will not come back."""
+        return dict(self._ended)
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether no group is left."""
+        return len(self._ended) == len(self._threads)
+
+    def _run_group(self, group: int) -> None:
+        try:
+            self._trainer(group).fit()
+            reason = "it left"
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            if not self._closing:
+                log.error("group %d ended: %s", group, reason)
+        self._ended[group] = reason
+
+    def _trainer(self, group: int) -> Any:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+
+        fleet = self._config.fleet
+        resources = {"CPU": fleet.cpus_per_worker}
+        if fleet.gpus_per_worker:
+            resources["GPU"] = fleet.gpus_per_worker
+        settings = {
+            "group": group,
+            "broker": self._broker_name,
+            "namespace": self._namespace,
+            "assignment": asdict(self._assignment),
+            "n_threads": max(1, int(fleet.cpus_per_worker)),
+            "log_file": str(self._config.study_folder / "logs" / f"group-{group}.log"),
+        }
+        return TorchTrainer(
+            group_loop,
+            train_loop_config=settings,
+            scaling_config=ScalingConfig(
+                num_workers=fleet.workers_per_group,
+                use_gpu=fleet.gpus_per_worker > 0,
+                resources_per_worker=resources,
+            ),
+            run_config=RunConfig(
+                name=f"group-{group}",
+                storage_path=str(self._scratch),
+                failure_config=FailureConfig(max_failures=MAX_GROUP_RESTARTS),
+            ),
+        )

@@ -1,0 +1,113 @@
+"""A group of the fleet: a Ray Train run that lives as long as the study and pulls tasks from the broker.
+
+Starting a worker group takes longer than training a small sample (process, imports, process group, base model), so a
+group is started once and keeps the base model in memory.
+"""
+
+import logging
+import time
+import traceback
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from duet_ray.errors import DuetError, SelectionError
+from duet_ray.execution.broker import Task
+from duet_ray.execution.worker import Assignment, Worker, is_disk_full
+
+log = logging.getLogger(__name__)
+
+SHORTEST_WAIT, LONGEST_WAIT = 0.02, 0.25
+"""Seconds between questions to the broker when there is nothing to do: short at first, longer when idle."""
+
+
+def group_loop(settings: dict[str, Any]) -> None:
+    """The `train_loop_per_worker` of a group.
+
+    Args:
+        settings: `group` (number), `broker` and `namespace` (the actor's name), `assignment` (an `Assignment`),
+            `n_threads`, `log_file`.
+    """
+    import ray
+    import torch
+
+    _log_to(Path(settings["log_file"]))
+    torch.set_num_threads(settings["n_threads"])
+    broker = ray.get_actor(settings["broker"], namespace=settings["namespace"])
+    group, incarnation = settings["group"], uuid.uuid4().hex
+    ray.get(broker.register.remote(group, incarnation))
+    try:
+        worker = Worker(Assignment(**settings["assignment"]))
+        worker.preload()
+    except DuetError as error:
+        ray.get(broker.close.remote(str(error)))
+        return
+    except Exception as error:
+        log.exception("group %d cannot start", group)
+        ray.get(broker.close.remote(f"a worker cannot start: {type(error).__name__}: {error}"))
+        return
+    log.info("group %d is ready", group)
+    wait = SHORTEST_WAIT
+    while True:
+        verdict, task, lease = ray.get(broker.lease.remote(group, incarnation))
+        if verdict == "stop":
+            return
+        if verdict == "wait":
+            time.sleep(wait)
+            wait = min(LONGEST_WAIT, wait * 1.5)
+            continue
+        wait = SHORTEST_WAIT
+        _do(worker, broker, task, lease)
+
+
+def _do(worker: Worker, broker: Any, task: Task, lease: int) -> None:
+    """Do one task and hand in how it ended."""
+    import ray
+
+    progress = _progress(broker, task.key, lease)
+    log.info("%s: lease %d", task.key, lease)
+    try:
+        if task.kind == "sample":
+            assert task.spec is not None
+            result = worker.do_sample(task.spec, lease, progress).to_json()
+        else:
+            assert task.domain is not None
+            result = worker.do_score(task.domain, progress)
+    except SelectionError as error:
+        # Final: the same rows and the same model would fail again.
+        ray.get(broker.complete.remote(task.key, lease, {"error": str(error)}))
+    except Exception as error:
+        log.exception("%s: failed", task.key)
+        if is_disk_full(error):
+            ray.get(broker.close.remote(f"the disk is full ({error}); make room and start the same command again"))
+        else:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            text = str(error) if isinstance(error, DuetError) else f"{type(error).__name__}: {error}"
+            where = "" if isinstance(error, DuetError) else f" ({Path(place.filename).name} line {place.lineno})"
+            ray.get(broker.retry.remote(task.key, lease, text + where))
+    else:
+        ray.get(broker.complete.remote(task.key, lease, result))
+
+
+def _progress(broker: Any, key: str, lease: int) -> Callable[[str], None]:
+    """A progress function that speaks at most twice a second and never waits for an answer."""
+    last = 0.0
+
+    def say(text: str) -> None:
+        nonlocal last
+        if (now := time.monotonic()) - last >= 0.5:
+            last = now
+            broker.progress.remote(key, lease, text)
+
+    return say
+
+
+def _log_to(file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(file)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    root = logging.getLogger("duet_ray")
+    root.handlers[:] = [handler]
+    root.setLevel(logging.INFO)
+    root.propagate = False

@@ -1,0 +1,126 @@
+"""Ray Tune's `Searcher` over our proposer and our store.
+
+Time does not decide: with c concurrent trials, proposal t sees exactly the trials up to t − c as finished and the rest
+as pending, even if they are done. So the ratios follow from the study file and the observations alone, whichever
+machine was quicker, and a resumed study proposes what an uninterrupted one would have. The store is the truth; nothing
+is pickled.
+"""
+
+import json
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from ray.tune.search import Searcher
+
+from duet_ray.config import StudyConfig
+from duet_ray.records import Observation, Trial, TrialKind
+from duet_ray.search import Proposer, Told
+from duet_ray.store import Store
+
+
+class StudySearcher(Searcher):
+    """Suggests the study's next ratio, and records what came of it.
+
+    Args:
+        proposer: makes a ratio from (trial, told, pending).
+        store: where trials and observations are read and written.
+        on_change: called after a trial was suggested or ended.
+        before_record: called before an observation is recorded, to store the samples it is made of.
+        is_stopped: True once no new trial may start.
+    """
+
+    def __init__(
+        self,
+        proposer: Proposer,
+        config: StudyConfig,
+        store: Store,
+        *,
+        on_change: Callable[[], None] = lambda: None,
+        before_record: Callable[[], None] = lambda: None,
+        is_stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
+        super().__init__()
+        self._proposer, self._config, self._store = proposer, config, store
+        self._on_change, self._before_record, self._is_stopped = on_change, before_record, is_stopped
+        self._running: dict[str, int] = {}
+        self._lock = threading.RLock()
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | Any:
+        """The next trial as a Tune config; None when it must wait for another; FINISHED when all are under way."""
+        with self._lock:
+            trials = {t.number: t for t in self._store.trials() if t.kind in ("start", "search")}
+            number = self._next(trials)
+            if self._is_stopped() or number is None:
+                return Searcher.FINISHED
+            concurrent = self._config.search.concurrent_trials
+            if len(self._running) >= concurrent or not _all_ended(trials, number - concurrent):
+                return None
+            if number not in trials:
+                trials[number] = self._propose(number, trials)
+            trial = trials[number]
+            assert trial.ratio is not None
+            self._running[trial_id] = number
+            self._on_change()
+            return {
+                "trial": number,
+                "kind": trial.kind,
+                "counts": list(trial.ratio.counts),
+                "known": [sample.to_json() for sample in trial.samples],
+            }
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Record the observation, or the failure, of a trial."""
+        with self._lock:
+            number = self._running.pop(trial_id, None)
+            if number is None:
+                return
+            self._before_record()
+            if result is not None and "observation" in result:
+                self._store.add_observation(number, Observation(**json.loads(result["observation"])))
+            elif result is not None and "failed" in result:
+                self._store.fail_trial(number, result["failed"])
+            elif not self._is_stopped() and not (result or {}).get("stopped"):
+                self._store.fail_trial(number, "its Tune trial ended without a result")
+            # Stopped: the trial stays pending, and a resume takes it up again.
+            self._on_change()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its searcher at every turn; ours has nothing to say there that the store does not say."""
+        return {}
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing to save: the store holds all there is to know."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("a study is resumed from its store, not from Tune's checkpoint")
+
+    def _next(self, trials: dict[int, Trial]) -> int | None:
+        """The lowest trial that has neither ended nor is under way."""
+        for number in range(self._config.n_planned_trials):
+            known = trials.get(number)
+            if number not in self._running.values() and (known is None or known.status == "pending"):
+                return number
+        return None
+
+    def _propose(self, number: int, trials: dict[int, Trial]) -> Trial:
+        horizon = number - self._config.search.concurrent_trials
+        told, pending = [], []
+        for other in sorted(trials):
+            trial = trials[other]
+            if other >= number or trial.ratio is None:
+                continue
+            if other > horizon:
+                pending.append(trial.ratio)
+            elif trial.observation is not None:
+                loss = self._config.direction.to_loss(trial.observation.value)
+                told.append(Told(ratio=trial.ratio, loss=loss, sem=trial.observation.sem))
+        proposal = self._proposer.propose(number, told, pending)
+        kind: TrialKind = "start" if number < self._config.search.n_start else "search"
+        self._store.add_trial(number, kind, proposal.ratio, proposal.method)
+        return Trial(number=number, kind=kind, ratio=proposal.ratio, status="pending", method=proposal.method)
+
+
+def _all_ended(trials: dict[int, Trial], last: int) -> bool:
+    """Whether every trial up to `last` has ended."""
+    return all(n in trials and trials[n].status != "pending" for n in range(last + 1))

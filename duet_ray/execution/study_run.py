@@ -1,0 +1,422 @@
+"""One session of a study on Ray: base and scores first, then the search, then the confirmation (DUET, Algorithm 1).
+
+Everything that happens is written to the store by this process, in the order that makes a `kill -9` harmless: a ratio
+before anything is trained on it, a sample as soon as its result is there, an observation after its samples.
+"""
+
+import logging
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from duet_ray.config import StudyConfig
+from duet_ray.errors import DuetError, ResourceError, SelectionError, StudyFailed
+from duet_ray.execution.broker import Outcome, Task, start_broker
+from duet_ray.execution.fleet import Fleet, ray_session
+from duet_ray.execution.trial import run_trial, sample_result, sample_tasks
+from duet_ray.execution.worker import Assignment, leave_result, read_result, sample_folder
+from duet_ray.records import BASE_TRIAL, CONFIRM_FIRST, Ratio, SampleSpec, Trial
+from duet_ray.reduce import failure_reason, reduce_samples
+from duet_ray.search import Proposer, SimplexSpace
+from duet_ray.store import Store
+
+log = logging.getLogger(__name__)
+
+NAMESPACE = "duet_ray"
+PUMP_SECONDS = 0.2
+RENEW_SECONDS = 10.0
+
+
+class Watcher(Protocol):
+    """Is told how a run goes; called from the driver's threads, and must be quick."""
+
+    def phase(self, text: str) -> None:
+        """A new part of the run begins."""
+        ...
+
+    def tick(self, in_flight: Mapping[str, str]) -> None:
+        """A few times a second: the samples under way and how far they are."""
+        ...
+
+    def changed(self) -> None:
+        """The store has something new."""
+        ...
+
+
+class SilentWatcher:
+    """Watches nothing."""
+
+    def phase(self, text: str) -> None:
+        pass
+
+    def tick(self, in_flight: Mapping[str, str]) -> None:
+        pass
+
+    def changed(self) -> None:
+        pass
+
+
+class Paused(DuetError):
+    """The run was stopped before its end; the same command goes on."""
+
+
+@dataclass(kw_only=True)
+class StudyRun:
+    """One session. `run()` ends when the study is done, paused or beyond help."""
+
+    config: StudyConfig
+    store: Store
+    space: SimplexSpace
+    assignment: Assignment
+    unscored: Sequence[int]
+    """Domains whose weights are not stored yet."""
+    watcher: Watcher = field(default_factory=SilentWatcher)
+
+    def __post_init__(self) -> None:
+        self._stop = threading.Event()
+        self._pump_lock = threading.Lock()
+        self._n_pumped = 0
+        self._broker: Any = None
+        self._broker_name = f"broker-{uuid.uuid4().hex[:12]}"
+        self._next_renewal = 0.0
+
+    def stop(self) -> None:
+        """Ask the run to pause; safe to call from a signal handler."""
+        self._stop.set()
+
+    @property
+    def is_stopped(self) -> bool:
+        return self._stop.is_set()
+
+    def run(self) -> None:
+        """Run to the end.
+
+        Raises:
+            Paused: `stop` was called.
+            StudyFailed: the base model cannot be measured, or no trial has an observation.
+            SelectionError: a domain cannot be scored; the other domains' weights are kept.
+            ResourceError: fewer devices than asked for, a full disk, or no group is left.
+        """
+        self._adopt()
+        if self._is_complete():
+            return
+        with self._on_the_fleet():
+            self._measure_base_and_score()
+            self._search()
+            self._confirm()
+
+    def score(self) -> None:
+        """Weigh the rows of every domain that has no stored weights; raises as `run` does."""
+        if self.unscored:
+            with self._on_the_fleet():
+                self._measure_base_and_score(measure_base=False)
+
+    @contextmanager
+    def _on_the_fleet(self) -> Iterator[None]:
+        """Ray, the broker and the fleet, all stopped at the end."""
+        self.watcher.phase("starting Ray and the fleet")
+        with ExitStack() as stack:
+            stack.enter_context(ray_session(self.config))
+            self._broker = start_broker(self._broker_name, NAMESPACE, self.config.sampling.max_retries)
+            fleet = Fleet(self.config, self.assignment, broker_name=self._broker_name, namespace=NAMESPACE)
+            self._fleet = stack.enter_context(fleet)
+            stack.callback(self._close)
+            yield
+
+    # The three parts --------------------------------------------------------------------------------------------
+
+    def _measure_base_and_score(self, *, measure_base: bool = True) -> None:
+        """The untouched model's value, and the weights that are not stored yet; both before any ratio is tried."""
+        base = self._base_tasks() if measure_base else []
+        scores = [Task(key=f"score-{self.config.domains[i].name}", kind="score", domain=i) for i in self.unscored]
+        parts = ["measuring the untouched model"] if base else []
+        parts += [f"scoring the rows of {len(scores)} domains"] if scores else []
+        if not parts:
+            return
+        self.watcher.phase(" and ".join(parts))
+        outcomes = self._do([*base, *scores])
+        if base:
+            self._observe_base()
+        errors = [o.reason or o.result.get("error") for o in outcomes if o.task.kind == "score"]
+        if any(errors):
+            raise SelectionError("\n".join(error for error in errors if error))
+
+    def _base_tasks(self) -> list[Task]:
+        """The task that measures the base; none when it is measured. A base that failed stays failed."""
+        self.store.add_trial(BASE_TRIAL, "base", None, "base")
+        trial = self._trial(BASE_TRIAL)
+        assert trial is not None
+        return [] if trial.status == "done" else sample_tasks(BASE_TRIAL, "base", None, [0])
+
+    def _observe_base(self) -> None:
+        trial = self._trial(BASE_TRIAL)
+        assert trial is not None
+        observation = reduce_samples(trial.samples, self.config.direction)
+        if observation is None:
+            reason = failure_reason(trial.samples)
+            self.store.fail_trial(BASE_TRIAL, reason)
+            raise StudyFailed(
+                f"the untouched model cannot be measured, so nothing was trained: {reason}\n"
+                f"correct `feedback` and start anew: delete {self.config.study_folder}, or give the study another name"
+            )
+        self.store.add_observation(BASE_TRIAL, observation)
+        self.watcher.changed()
+
+    def _search(self) -> None:
+        from ray import tune
+
+        from duet_ray.execution.searcher import StudySearcher
+
+        n_left = sum(
+            (t := self._trial(n)) is None or t.status == "pending" for n in range(self.config.n_planned_trials)
+        )
+        if not n_left:
+            return
+        self.watcher.phase("searching")
+        searcher = StudySearcher(
+            Proposer(self.space, self.config.search, self.config.seed),
+            self.config,
+            self.store,
+            on_change=self._trial_changed,
+            before_record=self._pump,
+            is_stopped=lambda: self.is_stopped,
+        )
+        trainable = partial(
+            run_trial,
+            broker_name=self._broker_name,
+            namespace=NAMESPACE,
+            k=self.config.sampling.k,
+            direction=self.config.direction.value,
+            min_samples=self.config.sampling.min_samples,
+        )
+        tuner = tune.Tuner(
+            # A sliver of the head node: no CPU that a group waits for, and no empty request, which Tune refuses.
+            tune.with_resources(trainable, {"node:__internal_head__": 0.001}),
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                num_samples=n_left,
+                max_concurrent_trials=self.config.search.concurrent_trials,
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=str(self._scratch),
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=self.config.sampling.max_retries),
+            ),
+        )
+        errors: list[BaseException] = []
+
+        def fit() -> None:
+            try:
+                tuner.fit()
+            except BaseException as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=fit, name="tune", daemon=True)
+        thread.start()
+        with self._closing_on_trouble():
+            while thread.is_alive():
+                self._pump()
+                thread.join(PUMP_SECONDS)
+        self._check()
+        if errors:
+            raise errors[0]
+        self._pump()
+        trials = [t for t in self.store.trials() if t.kind in ("start", "search")]
+        if trials and all(t.status == "failed" for t in trials):
+            reasons = failure_reason([s for t in trials for s in t.samples]) or trials[0].reason
+            raise StudyFailed(f"every trial failed: {reasons}")
+
+    def _confirm(self) -> None:
+        """Train and measure the finalists and the uniform ratio again, with seeds that no trial has used."""
+        settings = self.config.confirm
+        if settings.finalists == 0:
+            return
+        tasks: list[Task] = []
+        numbers = []
+        for trial in self._to_confirm():
+            number = CONFIRM_FIRST + trial.number
+            self.store.add_trial(number, "confirm", trial.ratio, f"confirm:{trial.name}")
+            known = self._trial(number)
+            done = {sample.spec.sample for sample in known.samples} if known else set()
+            missing = [sample for sample in range(settings.repeats) if sample not in done]
+            tasks += sample_tasks(number, "confirm", trial.ratio, missing)
+            numbers.append(number)
+        if tasks:
+            self.watcher.phase("measuring the finalists again with fresh seeds")
+            self._do(tasks)
+        for number in numbers:
+            confirmed = self._trial(number)
+            assert confirmed is not None
+            if any(sample.ok for sample in confirmed.samples):
+                self.store.finish_trial(number)
+            else:
+                self.store.fail_trial(number, failure_reason(confirmed.samples))
+        self._trial_changed()
+
+    def _to_confirm(self) -> list[Trial]:
+        """The finalists, and the uniform ratio, which is trial 0."""
+        trials = self.store.trials()
+        again = best_trials(trials, self.config, self.config.confirm.finalists)
+        return again + [t for t in trials if t.number == 0 and t.ratio not in [a.ratio for a in again]]
+
+    # Talking to the broker --------------------------------------------------------------------------------------
+
+    def _do(self, tasks: Sequence[Task]) -> list[Outcome]:
+        """Have tasks done, storing what finishes, and return their outcomes."""
+        import ray
+
+        ray.get(self._broker.submit.remote(list(tasks)))
+        keys = [task.key for task in tasks]
+        with self._closing_on_trouble():
+            while (outcomes := ray.get(self._broker.outcomes.remote(keys))) is None:
+                self._pump()
+                time.sleep(PUMP_SECONDS)
+        self._pump()
+        self._check()
+        return outcomes
+
+    def _pump(self) -> None:
+        """Store what has finished, renew the lease, see that all is well."""
+        import ray
+
+        with self._pump_lock:
+            for outcome in ray.get(self._broker.finished_since.remote(self._n_pumped)):
+                self._n_pumped += 1
+                self._record(outcome)
+        if time.monotonic() >= self._next_renewal:
+            self._next_renewal = time.monotonic() + RENEW_SECONDS
+            self.store.renew()
+        for group in self._fleet.ended():
+            ray.get(self._broker.group_lost.remote(group))
+        self.watcher.tick(ray.get(self._broker.in_flight.remote()))
+
+    def _record(self, outcome: Outcome) -> None:
+        """Store one finished sample; leave its result in its folder where its worker could not."""
+        if outcome.task.kind != "sample" or (result := sample_result(outcome)) is None:
+            return
+        if outcome.status == "failed":
+            folder = sample_folder(self.config.study_folder, result.spec)
+            folder.mkdir(parents=True, exist_ok=True)
+            result = leave_result(folder, result)
+        if self.store.add_sample(result):
+            self.watcher.changed()
+
+    @contextmanager
+    def _closing_on_trouble(self) -> Iterator[None]:
+        """While waiting: a stop, a full disk or the loss of the last group closes the broker, which ends the wait."""
+        import ray
+
+        finished = threading.Event()
+
+        def watch() -> None:
+            while not finished.wait(PUMP_SECONDS):
+                if self._stop.is_set():
+                    ray.get(self._broker.close.remote())
+                elif self._fleet.is_gone:
+                    reasons = "; ".join(sorted(set(self._fleet.ended().values())))
+                    ray.get(self._broker.close.remote(f"no group of the fleet is left: {reasons}"))
+
+        thread = threading.Thread(target=watch, name="watch", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            finished.set()
+            thread.join()
+
+    def _check(self) -> None:
+        """Raise if the run cannot or must not go on."""
+        import ray
+
+        if (trouble := ray.get(self._broker.trouble.remote())) is not None:
+            raise ResourceError(trouble)
+        if self._stop.is_set():
+            raise Paused(f"study {self.config.name} is paused")
+
+    def _close(self) -> None:
+        import ray
+
+        ray.get(self._broker.close.remote())
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    # What is on disk --------------------------------------------------------------------------------------------
+
+    def _adopt(self) -> None:
+        """Store the samples that finished while no driver was there to see it."""
+        for trial in self.store.trials():
+            known = {sample.spec.sample for sample in trial.samples}
+            n_samples = {"base": 1, "confirm": self.config.confirm.repeats}.get(trial.kind, self.config.sampling.k)
+            for sample in range(n_samples):
+                spec = SampleSpec(trial=trial.number, sample=sample, kind=trial.kind, ratio=trial.ratio)
+                if sample in known:
+                    continue
+                result = read_result(sample_folder(self.config.study_folder, spec))
+                if result is not None and result.spec == spec:
+                    log.info("%s had finished: adopted", spec.key)
+                    self.store.add_sample(result)
+
+    def _trial_changed(self) -> None:
+        self._prune()
+        self.watcher.changed()
+
+    def _prune(self) -> None:
+        """Delete all adapters but the best `keep_best` and those of the finalists' best samples; results stay."""
+        trials = self.store.trials()
+        values = {
+            (t.number, s.spec.sample): self.config.direction.to_loss(s.value)
+            for t in trials
+            for s in t.samples
+            if s.value is not None
+        }
+        on_disk = self.store.kept_artifacts()
+        searched = sorted((k for k in on_disk if k[0] < CONFIRM_FIRST and k in values), key=lambda k: (values[k], k))
+        finalists = best_trials(trials, self.config, max(1, self.config.confirm.finalists))
+        keep = {(t.number, t.observation.best_sample) for t in finalists if t.observation is not None}
+        keep |= set(searched[: self.config.keep_best])
+        for key, path in on_disk.items():
+            if key not in keep:
+                shutil.rmtree(self.config.study_folder / path, ignore_errors=True)
+                self.store.drop_artifact(*key)
+
+    def _trial(self, number: int) -> Trial | None:
+        return next((t for t in self.store.trials() if t.number == number), None)
+
+    def _is_complete(self) -> bool:
+        """Whether there is nothing left to do, so that Ray need not start."""
+        trials = {t.number: t for t in self.store.trials()}
+        planned = [BASE_TRIAL, *range(self.config.n_planned_trials)]
+        if self.unscored or any(n not in trials or trials[n].status == "pending" for n in planned):
+            return False
+        if self.config.confirm.finalists == 0:
+            return True
+        confirmed = [trials.get(CONFIRM_FIRST + t.number) for t in self._to_confirm()]
+        return all(
+            t is not None and t.status != "pending" and len(t.samples) >= self.config.confirm.repeats for t in confirmed
+        )
+
+    @property
+    def _scratch(self) -> Path:
+        """Ray's own files: never read by a resume, deleted at the end."""
+        return self.config.study_folder / ".ray" / self._broker_name
+
+
+def best_trials(trials: Sequence[Trial], config: StudyConfig, n: int) -> list[Trial]:
+    """The `n` best trials of the start design and the search that have different ratios, best first."""
+    observed = [t for t in trials if t.kind in ("start", "search") and t.observation is not None]
+    observed.sort(key=lambda t: (config.direction.to_loss(t.observation.value), t.number))  # type: ignore[union-attr]
+    best: list[Trial] = []
+    seen: set[Ratio | None] = set()
+    for trial in observed:
+        if trial.ratio not in seen:
+            seen.add(trial.ratio)
+            best.append(trial)
+    return best[:n]

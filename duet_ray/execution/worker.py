@@ -1,0 +1,289 @@
+"""One task, from lease to files: the work that a group does, without Ray.
+
+A sample's folder is `artifacts/<trial>/<sample>/`. It fills in three steps, each a rename into place: `adapter/`
+(trained weights), `trained.json` (what the trainer reports), `result.json` (the value, or the reason there is none).
+A worker that finds a step done goes on after it, so a kill between training and feedback costs the feedback only, and
+"finished" means one thing: `result.json` is there.
+"""
+
+import errno
+import json
+import logging
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from duet_ray.config import StudyConfig, config_from
+from duet_ray.domains import Domain, open_domain
+from duet_ray.errors import SampleFailed
+from duet_ray.feedback import make_feedback
+from duet_ray.mixture import draw_mixture, rows_digest
+from duet_ray.records import BASE_TRIAL, Mixture, SampleResult, SampleSpec, trial_name
+from duet_ray.seeds import child_seed
+from duet_ray.selection import load_weights, make_selector, save_weights
+from duet_ray.selection.base import SelectionContext
+from duet_ray.training import load_base, make_trainer
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """Everything a worker must know of the study; plain data, so that it travels as it is."""
+
+    config: Mapping[str, Any]
+    """The resolved study file."""
+    folder: str
+    """The folder that its relative paths are taken from."""
+    domain_folders: tuple[str, ...]
+    weights_folder: str
+    weights_keys: tuple[str, ...]
+
+    def study_config(self) -> StudyConfig:
+        return config_from(self.config, folder=Path(self.folder))
+
+
+class Worker:
+    """Does tasks with one base model in memory. Domains, weights and the model are loaded when first needed."""
+
+    def __init__(self, assignment: Assignment) -> None:
+        self._assignment = assignment
+        self._config = assignment.study_config()
+        self._feedback = make_feedback(self._config)
+        self._also = [make_feedback(self._config, which) for which in self._config.also]
+
+    @cached_property
+    def _base(self) -> tuple[Any, Any]:
+        return load_base(self._config)
+
+    @cached_property
+    def _trainer(self) -> Any:
+        model, tokenizer = self._base
+        return make_trainer(self._config.training, model, tokenizer)
+
+    @cached_property
+    def _domains(self) -> list[Domain]:
+        return [open_domain(Path(folder)) for folder in self._assignment.domain_folders]
+
+    @cached_property
+    def _weights(self) -> list[np.ndarray]:
+        return load_probabilities(self._assignment, self._config)
+
+    def preload(self) -> None:
+        """Load the model now rather than inside the first task."""
+        _ = self._trainer
+
+    def do_sample(self, spec: SampleSpec, lease: int, progress: Progress) -> SampleResult:
+        """Train one sample if need be, measure it, and leave `result.json`.
+
+        Returns:
+            The result that stands: this one, or an earlier one found in place.
+
+        Raises:
+            Exception: whatever is not the sample's own fault. What was finished stays in place.
+        """
+        folder = sample_folder(self._config.study_folder, spec)
+        if (earlier := read_result(folder)) is not None:
+            return earlier
+        folder.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        digest = None
+        trained: dict[str, Any] = {}
+        try:
+            if spec.ratio is None:
+                self._trainer.reset()
+            else:
+                mixture = mixture_of(self._config, spec, self._weights)
+                digest = rows_digest(mixture)
+                trained = self._train(spec, mixture, digest, folder, progress)
+            train_seconds = time.monotonic() - started
+            progress("feedback")
+            started = time.monotonic()
+            seed = child_seed(self._config.seed, "evaluate", max(spec.trial, 0), spec.sample)
+            measured = self._feedback.measure(self._trainer.model, self._base[1], seed=seed)
+            metrics = dict(measured.metrics)
+            for source, settings in zip(self._also, self._config.also, strict=True):
+                extra = source.measure(self._trainer.model, self._base[1], seed=seed)
+                metrics[settings.name or feedback_name(settings)] = extra.value
+            result = SampleResult(
+                spec=spec,
+                value=measured.value,
+                stderr=measured.stderr,
+                metrics=metrics,
+                train=trained,
+                train_seconds=train_seconds,
+                feedback_seconds=time.monotonic() - started,
+                rows_digest=digest,
+                adapter=str((folder / "adapter").relative_to(self._config.study_folder)) if trained else None,
+                lease=lease,
+            )
+        except SampleFailed as error:
+            result = SampleResult(spec=spec, value=None, reason=str(error), rows_digest=digest, lease=lease)
+        finally:
+            # Nothing of this sample may be in the next one, nor in a domain's scores.
+            if "_trainer" in self.__dict__:
+                self._trainer.reset()
+        return leave_result(folder, result)
+
+    def do_score(self, index: int, progress: Progress) -> dict[str, Any]:
+        """Weigh the rows of one domain and store the weights; found in place, nothing is computed."""
+        domain = self._domains[index]
+        key = self._assignment.weights_keys[index]
+        folder = Path(self._assignment.weights_folder)
+        if load_weights(folder, key) is None:
+            selector = make_selector(self._config.selection)
+            if "_trainer" in self.__dict__:
+                self._trainer.reset()
+            weights = selector.select(
+                domain,
+                SelectionContext(
+                    settings=self._config.selection,
+                    training=self._config.training,
+                    seed=self._config.seed,
+                    load_base=lambda: self._base,
+                    on_progress=lambda stage, done, total: progress(f"{stage} {done}/{total}"),
+                ),
+            )
+            save_weights(folder, key, weights)
+        return {"domain": domain.name}
+
+    def _train(
+        self, spec: SampleSpec, mixture: Mixture, digest: str, folder: Path, progress: Progress
+    ) -> dict[str, Any]:
+        """Train, or take what an earlier worker trained on the very same rows."""
+        report = _read_json(folder / "trained.json")
+        if report is not None and report.get("rows_digest") == digest and (folder / "adapter").is_dir():
+            log.info("%s was trained already: only its feedback is repeated", spec.key)
+            self._trainer.load(folder / "adapter")
+            return {name: value for name, value in report.items() if name != "rows_digest"}
+        shutil.rmtree(folder / "adapter", ignore_errors=True)
+        rows = [
+            row
+            for domain, ids in zip(self._domains, mixture.rows, strict=True)
+            if len(ids)
+            for row in domain.train.rows(ids.tolist())
+        ]
+        seed = child_seed(self._config.seed, "train", spec.trial, spec.sample)
+        report = self._trainer.train(
+            rows, seed=seed, on_step=lambda done, total: progress(f"training {done}/{total}")
+        ).to_json()
+        temporary = folder / f".adapter-{uuid.uuid4().hex[:8]}"
+        self._trainer.save(temporary)
+        _sync_folder(temporary)
+        os.rename(temporary, folder / "adapter")
+        _write_json(folder / "trained.json", {**report, "rows_digest": digest})
+        return report
+
+
+def load_probabilities(assignment: Assignment, config: StudyConfig) -> list[np.ndarray]:
+    """Per domain, the stored row probabilities.
+
+    Raises:
+        FileNotFoundError: a domain has not been scored.
+    """
+    loaded = []
+    for key in assignment.weights_keys:
+        weights = load_weights(Path(assignment.weights_folder), key)
+        if weights is None or weights.probabilities is None:
+            raise FileNotFoundError(f"no stored weights {key}")
+        loaded.append(weights.probabilities)
+    return loaded
+
+
+def mixture_of(config: StudyConfig, spec: SampleSpec, weights: list[np.ndarray]) -> Mixture:
+    """The rows of a sample: a function of the study file and the sample's place, wherever it is called."""
+    assert spec.ratio is not None
+    return draw_mixture(
+        spec.ratio,
+        weights,
+        seed=config.seed,
+        trial=spec.trial,
+        sample=spec.sample,
+        replacement=config.mixture.replacement,
+        when_short=config.mixture.when_short,
+        names=config.domain_names,
+    )
+
+
+def feedback_name(settings: Any) -> str:
+    """How a feedback is called in tables: its given name, else its kind and metric."""
+    metric = getattr(settings, "metric", None)
+    return settings.name or (f"{settings.kind}_{metric}" if metric else settings.kind)
+
+
+def sample_folder(study_folder: Path, spec: SampleSpec) -> Path:
+    trial = "base" if spec.trial == BASE_TRIAL else trial_name(spec.trial)
+    return study_folder / "artifacts" / trial / f"s{spec.sample}"
+
+
+def read_result(folder: Path) -> SampleResult | None:
+    """The finished sample in a folder; None when there is none, or its file is damaged."""
+    data = _read_json(folder / "result.json")
+    if data is None:
+        return None
+    try:
+        return SampleResult.from_json(data)
+    except (KeyError, TypeError, AssertionError):
+        return None
+
+
+def leave_result(folder: Path, result: SampleResult) -> SampleResult:
+    """Put `result.json` in place unless a sound one is there: the first result stands, and is returned."""
+    if (earlier := read_result(folder)) is not None:
+        return earlier
+    _write_json(folder / "result.json", result.to_json())
+    return result
+
+
+def with_retries(result: SampleResult, n_retries: int) -> SampleResult:
+    return replace(result, n_retries=n_retries)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error, or what caused it, is a full disk or a used-up quota."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        # safetensors reports the system's error as text only.
+        if "No space left on device" in str(seen):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        log.warning("%s is damaged and is made again", path)
+        return None
+    return data if isinstance(data, dict) else None
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(data, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _sync_folder(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())

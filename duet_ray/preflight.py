@@ -1,0 +1,163 @@
+"""Everything that can be known before anything is trained, in seconds rather than after an hour.
+
+`duet validate` prints it; `duet run` does the same checks and goes on with what they made: prepared domains, the
+space of ratios, the keys of the weights, and a study file with every `auto` resolved once.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from duet_ray.config import StudyConfig
+from duet_ray.domains import Domain, Overlap, find_overlap, prepare_domains
+from duet_ray.errors import DataError, DataErrors, DuetError
+from duet_ray.feedback import make_feedback
+from duet_ray.search import SimplexSpace
+from duet_ray.selection import (
+    RowWeights,
+    SelectionContext,
+    load_weights,
+    make_selector,
+    model_identity,
+    save_weights,
+    weights_key,
+)
+from duet_ray.training import load_tokenizer
+from duet_ray.training.estimate import MemoryEstimate, estimate_memory, memory_problem, resolved_micro_batch
+
+OnStage = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preflight:
+    """A study that is ready to run."""
+
+    config: StudyConfig
+    """With every `auto` resolved."""
+    domains: list[Domain]
+    overlaps: list[Overlap] | None
+    """None where the task's text is not at hand, or nobody wants to know."""
+    space: SimplexSpace
+    memory: MemoryEstimate
+    weights_folder: Path
+    weights_keys: tuple[str, ...]
+    inputs: dict[str, Any]
+    """Fingerprints of what the study is made of: a resume with others is refused."""
+    notes: tuple[str, ...]
+    """Things the user should know, none of which stops the study."""
+
+    @property
+    def unscored(self) -> list[int]:
+        """Domains without stored weights."""
+        return [i for i, key in enumerate(self.weights_keys) if load_weights(self.weights_folder, key) is None]
+
+    def weights(self) -> list[RowWeights | None]:
+        return [load_weights(self.weights_folder, key) for key in self.weights_keys]
+
+
+def preflight(config: StudyConfig, *, on_stage: OnStage = lambda _: None) -> Preflight:
+    """Check a study and make its data ready.
+
+    Args:
+        on_stage: told what is being done.
+
+    Raises:
+        DuetError: the first kind of trouble, with all of that kind: the model, the task, the data, the ratio's bounds.
+    """
+    on_stage("reading the model's configuration")
+    tokenizer = load_tokenizer(config)
+    config = resolved(config)
+    memory = estimate_memory(config)
+    on_stage("checking the feedback")
+    sources = [make_feedback(config), *(make_feedback(config, which) for which in config.also)]
+    notes = [note for source in sources for note in source.check()]
+    on_stage("reading the domains")
+    domains = prepare_domains(config, tokenizer, on_progress=lambda name, n: on_stage(f"reading {name}: {n:,} rows"))
+    overlaps, overlap_notes = _overlaps(config, domains, sources[0], on_stage)
+    space = SimplexSpace.of(config, [len(domain.train) for domain in domains])
+    identity = model_identity(config)
+    keys = tuple(weights_key(domain, config, identity) for domain in domains)
+    weights_folder = config.resolve_path(config.storage) / "cache"
+    _weigh_without_model(config, domains, weights_folder, keys)
+    if problem := memory_problem(config, memory):
+        notes.append(problem)
+    notes += [
+        f"{d.name}: {d.report.n_bad} bad rows left out, the first: {d.report.bad[0]}" for d in domains if d.report.bad
+    ]
+    notes += [f"{d.name}: {d.report.n_duplicates} duplicate rows" for d in domains if d.report.n_duplicates]
+    return Preflight(
+        config=config,
+        domains=domains,
+        overlaps=overlaps,
+        space=space,
+        memory=memory,
+        weights_folder=weights_folder,
+        weights_keys=keys,
+        inputs={
+            "model": identity,
+            "domains": {domain.name: domain.fingerprint for domain in domains},
+            "task": _task_digest(config),
+        },
+        notes=(*notes, *overlap_notes),
+    )
+
+
+def resolved(config: StudyConfig) -> StudyConfig:
+    """The study with every `auto` replaced by what it stands for: a function of the study file alone."""
+    training = config.training
+    if training.micro_batch_size is None:
+        micro = resolved_micro_batch(training.batch_size)
+        folder = config.folder
+        training = training.model_copy(update={"micro_batch_size": micro})
+        config = config.model_copy(update={"training": training}).placed_in(folder)
+    return config
+
+
+def _overlaps(
+    config: StudyConfig, domains: list[Domain], feedback: Any, on_stage: OnStage
+) -> tuple[list[Overlap] | None, list[str]]:
+    if config.data.overlap == "off":
+        return None, []
+    texts = list(feedback.task_texts())
+    if not texts:
+        return None, []
+    on_stage("looking for the task's text in the training rows")
+    overlaps = find_overlap(domains, texts)
+    found = [
+        f"{o.domain}: {o.n_overlapping_rows} of {o.n_rows} training rows overlap with the task, e.g. {o.examples[0]}"
+        for o in overlaps
+        if o.n_overlapping_rows
+    ]
+    if found and config.data.overlap == "error":
+        raise DataErrors([DataError(f"{line}; remove them, or set data.overlap: warn") for line in found])
+    return overlaps, found
+
+
+def _weigh_without_model(config: StudyConfig, domains: list[Domain], folder: Path, keys: tuple[str, ...]) -> None:
+    """Methods that need no model are quick, and are done here rather than on the fleet."""
+    selector = make_selector(config.selection)
+    if selector.needs_model:
+        return
+
+    def no_model() -> tuple[Any, Any]:
+        raise AssertionError("this method needs no model")
+
+    context = SelectionContext(
+        settings=config.selection, training=config.training, seed=config.seed, load_base=no_model
+    )
+    for domain, key in zip(domains, keys, strict=True):
+        if load_weights(folder, key) is None:
+            save_weights(folder, key, selector.select(domain, context))
+
+
+def _task_digest(config: StudyConfig) -> str | None:
+    """SHA-256 of the task's file, where there is one: another task is another study."""
+    file = getattr(config.feedback, "file", None)
+    if file is None:
+        return None
+    try:
+        return hashlib.sha256(config.resolve_path(file).read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise DuetError(f"feedback.file: {file} cannot be read: {error}") from None

@@ -1,0 +1,13 @@
+"""What a study found, for people: it reads a `StudySummary` and writes; it never measures or decides.
+
+- `summary.py`    the dataclasses that everything here reads, and pure functions over them (best, running best, …)
+- `verdict.py`    does the best ratio beat the untouched model and the uniform ratio: numbers first, then words
+- `wording.py`    numbers, times and ratios as text; `palette.py` one look per domain everywhere
+- `figures.py`    the four figures as PNG (matplotlib)
+- `page.py`       `write_report`: one self-contained `report.html` (jinja2, `page.html`) and the PNGs
+- `status.py`     the table of `duet run` and `duet status`, and plain log lines (rich)
+- `plain.py`      `to_json`: the same facts for `--json`
+- `export.py`     `export_best`: adapter, mixture and a README in a folder to take away (pyarrow)
+
+Nothing is imported here, so that `import duet_ray.report` costs nothing.
+"""

@@ -1,0 +1,45 @@
+"""A study's store → the `StudySummary` that everything in this folder reads. Safe while a driver writes."""
+
+from datetime import datetime
+from pathlib import Path
+
+import yaml
+
+from duet_ray.config import config_from
+from duet_ray.errors import StoreError
+from duet_ray.report.summary import DomainSummary, StudySummary
+from duet_ray.store import Store
+
+
+def read_summary(folder: Path) -> StudySummary:
+    """Read the study in a folder.
+
+    Raises:
+        StoreError: there is no study in the folder, or it has not started.
+    """
+    store = Store(folder)
+    try:
+        record = store.study()
+        trials = store.trials()
+    finally:
+        store.close()
+    if record is None:
+        raise StoreError(f"{folder}: the study has not started yet")
+    config = config_from(record.config, folder=Path(record.inputs.get("folder", folder)))
+    feedback = config.feedback
+    metric = getattr(feedback, "metric", None)
+    return StudySummary(
+        name=record.name,
+        direction=config.direction,
+        domain_names=config.domain_names,
+        n_rows=config.mixture.n_rows,
+        k=config.sampling.k,
+        n_planned=config.n_planned_trials,
+        feedback_name=feedback.name or (f"{feedback.kind} {metric}" if metric else feedback.kind),
+        trials=tuple(trials),
+        domains=tuple(DomainSummary(**{**d, "notes": tuple(d["notes"])}) for d in record.domains),
+        config_yaml=yaml.safe_dump(record.config, sort_keys=False, allow_unicode=True, width=110),
+        started=datetime.fromtimestamp(record.created),
+        seconds=record.seconds or None,
+        versions=record.versions,
+    )

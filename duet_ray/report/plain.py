@@ -1,0 +1,129 @@
+"""A study's summary and verdict as plain data, for `--json`: no NaN, no objects, stable names."""
+
+import math
+from typing import Any
+
+from duet_ray.records import SampleResult, Trial
+from duet_ray.report.summary import (
+    Measurement,
+    StudySummary,
+    base_measurement,
+    best_sample,
+    chosen_trial,
+    confirmation_of,
+    confirmations,
+    confirmed_name,
+    n_ended,
+    n_failed,
+    state,
+    uniform_trial,
+)
+from duet_ray.report.verdict import Comparison, verdict
+
+
+def to_json(summary: StudySummary) -> dict[str, Any]:
+    """Everything `duet status --json` and `duet report --json` print; safe for `json.dumps(..., allow_nan=False)`."""
+    base, said = base_measurement(summary), verdict(summary)
+    names = list(dict.fromkeys(confirmed_name(t) for t in confirmations(summary)))
+    again = {name: confirmation_of(summary, name) for name in names}
+    return {
+        "study": summary.name,
+        "state": state(summary),
+        "feedback": summary.feedback_name,
+        "direction": summary.direction.value,
+        "domains": [_domain(summary, i) for i in range(len(summary.domains))],
+        "domain_names": list(summary.domain_names),
+        "n_rows": summary.n_rows,
+        "k": summary.k,
+        "n_planned": summary.n_planned,
+        "n_ended": n_ended(summary),
+        "n_failed": n_failed(summary),
+        "base": _measurement(base) if base else None,
+        "uniform": _trial_or_none(summary, uniform_trial(summary)),
+        "best": _trial_or_none(summary, chosen_trial(summary)),
+        "confirmed": {name: _measurement(m) for name, m in again.items() if m},
+        "verdict": {
+            "headline": said.headline,
+            "sentences": list(said.sentences),
+            "advice": said.advice,
+            "confirmed": said.confirmed,
+            "versus_base": _comparison(said.versus_base),
+            "versus_uniform": _comparison(said.versus_uniform),
+        },
+        "trials": [_trial(summary, t) for t in summary.trials],
+        "started": summary.started.isoformat() if summary.started else None,
+        "seconds": summary.seconds,
+        "versions": dict(summary.versions),
+        "notes": list(summary.notes),
+    }
+
+
+def _trial_or_none(summary: StudySummary, trial: Trial | None) -> dict[str, Any] | None:
+    return _trial(summary, trial) if trial else None
+
+
+def _trial(summary: StudySummary, trial: Trial) -> dict[str, Any]:
+    seen, best = trial.observation, best_sample(trial)
+    values = [float(v) for v in trial.ratio.values] if trial.ratio else None
+    return {
+        "name": trial.name,
+        "number": trial.number,
+        "kind": trial.kind,
+        "status": trial.status,
+        "method": trial.method,
+        "ratio": dict(zip(summary.domain_names, values, strict=True)) if values else None,
+        "counts": list(trial.ratio.counts) if trial.ratio else None,
+        "observation": seen.value if seen else None,
+        "sem": seen.sem if seen else None,
+        "k_used": seen.k_used if seen else None,
+        "adapter": best.adapter if best else None,
+        "samples": [_sample(s) for s in trial.samples],
+    }
+
+
+def _sample(sample: SampleResult) -> dict[str, Any]:
+    return {
+        "name": sample.spec.key,
+        "value": sample.value,
+        "reason": sample.reason,
+        "stderr": _finite(sample.stderr),
+        "metrics": {name: _finite(value) for name, value in sample.metrics.items()},
+        "train_seconds": sample.train_seconds,
+        "feedback_seconds": sample.feedback_seconds,
+        "adapter": sample.adapter,
+        "n_retries": sample.n_retries,
+    }
+
+
+def _measurement(measured: Measurement) -> dict[str, Any]:
+    return {
+        "values": list(measured.values),
+        "mean": measured.mean,
+        "standard_error": measured.standard_error if measured.trained else None,
+        "n_failed": measured.n_failed,
+    }
+
+
+def _comparison(comparison: Comparison | None) -> dict[str, Any] | None:
+    if comparison is None:
+        return None
+    return {
+        "outcome": comparison.outcome,
+        "basis": comparison.basis,
+        "best": comparison.best.mean,
+        "other": comparison.other.mean,
+        "difference": comparison.difference,
+        "standard_error": comparison.standard_error,
+    }
+
+
+def _domain(summary: StudySummary, index: int) -> dict[str, Any]:
+    domain = summary.domains[index]
+    return {name: getattr(domain, name) for name in domain.__dataclass_fields__ if name != "notes"} | {
+        "notes": list(domain.notes)
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no NaN: a number that is none is null."""
+    return value if value is not None and math.isfinite(value) else None

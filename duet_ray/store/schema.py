@@ -1,0 +1,87 @@
+"""The tables of a study. Plain SQLAlchemy, so that SQLite in the study's folder is a choice and not a wall."""
+
+from sqlalchemy import JSON, Column, Float, ForeignKey, Integer, MetaData, String, Table, Text, UniqueConstraint
+
+SCHEMA_VERSION = 1
+"""Raised with every change of a table. A store with a newer version than the code's is refused."""
+
+metadata = MetaData()
+
+study = Table(
+    "study",
+    metadata,
+    Column("id", Integer, primary_key=True),  # always 1: one study a store
+    Column("name", String(64), nullable=False),
+    Column("schema_version", Integer, nullable=False),
+    Column("config", JSON, nullable=False),  # the study file as plain data, every default filled in
+    Column("inputs", JSON, nullable=False),  # fingerprints of the data and the model
+    Column("resolved", JSON, nullable=False),  # what `auto` was resolved to
+    Column("domains", JSON, nullable=False),  # what was found in the data, for the report
+    Column("versions", JSON, nullable=False),
+    Column("status", String(16), nullable=False),  # new, running, paused, done, failed
+    Column("created", Float, nullable=False),  # seconds since the epoch
+    Column("seconds", Float, nullable=False),  # spent running, over all sessions
+)
+
+trial = Table(
+    "trial",
+    metadata,
+    Column("number", Integer, primary_key=True),
+    Column("kind", String(16), nullable=False),
+    Column("counts", JSON, nullable=True),  # rows per domain; null for the base model
+    Column("status", String(16), nullable=False),  # pending, done, failed
+    Column("method", String(64), nullable=False),
+    Column("reason", Text, nullable=True),
+)
+
+sample = Table(
+    "sample",
+    metadata,
+    Column("trial", Integer, ForeignKey("trial.number"), primary_key=True),
+    Column("sample", Integer, primary_key=True),
+    Column("value", Float, nullable=True),
+    Column("result", JSON, nullable=False),  # records.SampleResult as plain data
+)
+
+observation = Table(
+    "observation",
+    metadata,
+    Column("trial", Integer, ForeignKey("trial.number"), primary_key=True),
+    Column("value", Float, nullable=False),
+    Column("sem", Float, nullable=True),
+    Column("k", Integer, nullable=False),
+    Column("k_used", Integer, nullable=False),
+    Column("best_sample", Integer, nullable=False),
+)
+
+feedback_event = Table(
+    "feedback_event",
+    metadata,
+    Column("id", String(64), primary_key=True),  # idempotency: the same event twice has no effect
+    Column("trial", Integer, nullable=False),
+    Column("sample", Integer, nullable=False),
+    Column("value", Float, nullable=False),
+    Column("received", Float, nullable=False),
+)
+
+artifact = Table(
+    "artifact",
+    metadata,
+    Column("trial", Integer, nullable=False),
+    Column("sample", Integer, nullable=False),
+    Column("path", String(255), nullable=False),  # relative to the study's folder
+    Column("kept", Integer, nullable=False),
+    UniqueConstraint("trial", "sample"),
+)
+
+driver = Table(
+    "driver",
+    metadata,
+    Column("id", Integer, primary_key=True),  # always 1: one driver a study
+    Column("fence", Integer, nullable=False),  # grows with every new holder; every write checks it
+    Column("holder", String(64), nullable=True),
+    Column("host", String(255), nullable=True),
+    Column("pid", Integer, nullable=True),
+    Column("process_started", Float, nullable=True),  # tells a reused pid from the old driver
+    Column("expires", Float, nullable=False),
+)

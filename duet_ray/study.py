@@ -1,0 +1,277 @@
+"""The public `Study`: open it, run it, resume it, and take the best mixture and model from it.
+
+study = Study(load_config("study.yaml"))
+summary = study.run()          # the same line goes on after an interruption
+study.write_report()
+study.export("best")
+"""
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+from duet_ray.config import StudyConfig, config_from, differences
+from duet_ray.errors import DuetError, StoreError, StudyChanged
+from duet_ray.execution.study_run import Paused, SilentWatcher, StudyRun, Watcher
+from duet_ray.execution.worker import Assignment, load_probabilities, mixture_of
+from duet_ray.preflight import Preflight, preflight
+from duet_ray.records import SampleSpec, Trial
+from duet_ray.report.summary import StudySummary
+from duet_ray.store import Store
+
+LIBRARIES = ("duet-ray", "ray", "ax-platform", "botorch", "torch", "transformers", "peft", "lm-eval", "datasets")
+
+
+class Study:
+    """A study file and the folder of what came of it.
+
+    Args:
+        config: from `load_config`.
+    """
+
+    def __init__(self, config: StudyConfig) -> None:
+        self.config = config
+        self.folder = config.study_folder
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Study":
+        """Open a study by its folder, without its study file.
+
+        Raises:
+            StoreError: there is no study in that folder.
+        """
+        folder = Path(folder).resolve()
+        store = Store(folder)
+        record = store.study()
+        store.close()
+        if record is None:
+            raise StoreError(f"{folder}: the study has not started yet; `duet run` starts it")
+        data = {**record.config, "name": folder.name, "storage": str(folder.parent)}
+        return cls(config_from(data, folder=Path(record.inputs.get("folder", folder.parent))))
+
+    def validate(self, watcher: Watcher | None = None) -> Preflight:
+        """Check everything that can be checked without training, and prepare the data.
+
+        Raises:
+            DuetError: the study cannot run as it is.
+        """
+        return preflight(self.config, on_stage=(watcher or SilentWatcher()).phase)
+
+    def score(self, watcher: Watcher | None = None) -> Preflight:
+        """Weigh every row of every domain, as `run` would, and stop there. Stored weights are not computed again."""
+        with self._session(watcher) as (ready, run):
+            run.score()
+        return ready
+
+    def run(self, watcher: Watcher | None = None) -> StudySummary:
+        """Run the study, or go on with it, to its end.
+
+        Raises:
+            Paused: SIGINT or SIGTERM came; the same call goes on.
+            StudyLocked: another driver runs this study.
+            StudyChanged: the study file or its data are not what the study was started with.
+            StudyFailed, SelectionError, ResourceError: see `StudyRun.run`.
+        """
+        with self._session(watcher) as (_, run):
+            run.run()
+        return self.summary()
+
+    def summary(self) -> StudySummary:
+        """The study as its store holds it now.
+
+        Raises:
+            StoreError: the study has not started.
+        """
+        from duet_ray.report.from_store import read_summary
+
+        return read_summary(self.folder)
+
+    def best(self) -> Trial:
+        """The trial to go with: the best observation, or the best confirmed finalist once there are confirmations.
+
+        Raises:
+            DuetError: no trial has an observation.
+        """
+        from duet_ray.report.summary import chosen_trial
+
+        best = chosen_trial(self.summary())
+        if best is None:
+            raise DuetError(f"study {self.config.name} has no observation yet")
+        return best
+
+    def write_report(self) -> Path:
+        """Write `report.html` and the figures into the study's folder, and return the page's path."""
+        from duet_ray.report.page import write_report
+
+        return write_report(self.summary(), self.folder)
+
+    def export(self, out: str | Path, *, overwrite: bool = False) -> Any:
+        """Write the best adapter and the rows it was trained on into a folder.
+
+        Raises:
+            DuetError: there is no best sample yet, its adapter is gone, or the folder is not empty.
+        """
+        from duet_ray.report.export import export_best
+
+        best = self.best()
+        assert best.observation is not None
+        spec = SampleSpec(trial=best.number, sample=best.observation.best_sample, kind=best.kind, ratio=best.ratio)
+        sample = next(s for s in best.samples if s.spec.sample == spec.sample)
+        adapter = self.folder / (sample.adapter or "")
+        if sample.adapter is None or not adapter.is_dir():
+            raise DuetError(f"the adapter of {spec.key} is not at {adapter}; it was moved or deleted")
+        ready = preflight(self.config)
+        mixture = mixture_of(ready.config, spec, load_probabilities(self._assignment(ready), ready.config))
+        return export_best(
+            self.summary(),
+            study_folder=self.folder,
+            out=Path(out),
+            texts=lambda domain, rows: ready.domains[domain].train.texts(list(rows)),
+            rows=mixture,
+            adapter=adapter,
+            overwrite=overwrite,
+        )
+
+    # ------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _session(self, watcher: Watcher | None) -> Iterator[tuple[Preflight, StudyRun]]:
+        """Hold the study's lease, make everything ready, and keep the study's status true whatever happens."""
+        watcher = watcher or SilentWatcher()
+        store = Store(self.folder, create=True)
+        started = time.monotonic()
+        try:
+            with store.writing():
+                self._check_config(store)
+                ready = preflight(self.config, on_stage=watcher.phase)
+                self._start(store, ready)
+                run = StudyRun(
+                    config=ready.config,
+                    store=store,
+                    space=ready.space,
+                    assignment=self._assignment(ready),
+                    unscored=ready.unscored,
+                    watcher=watcher,
+                )
+                status: Literal["paused", "failed", "done"] = "failed"
+                try:
+                    with _signals_stop(run):
+                        yield ready, run
+                    status = "done"
+                except Paused:
+                    status = "paused"
+                    raise
+                finally:
+                    store.update_study(status=status, domains=_domain_records(ready))
+                    store.add_seconds(time.monotonic() - started)
+        finally:
+            store.close()
+
+    def _check_config(self, store: Store) -> None:
+        record = store.study()
+        if record is None:
+            return
+        stored = config_from(record.config, folder=self.config.folder)
+        if found := differences(stored, self.config):
+            lines = "\n".join(f"  {line}" for line in found)
+            raise StudyChanged(
+                f"study {self.config.name} was started with another study file:\n{lines}\n"
+                f"undo the change, or give the study another name"
+            )
+
+    def _start(self, store: Store, ready: Preflight) -> None:
+        """Write the study's row, or see that the data are still those it was started with."""
+        record = store.study()
+        inputs = {**ready.inputs, "folder": str(self.config.folder)}
+        if record is None:
+            store.create_study(name=self.config.name, config=self.config.model_dump(mode="json"), versions=_versions())
+        else:
+            known = {name: value for name, value in record.inputs.items() if name != "folder"}
+            if known and known != ready.inputs:
+                changed = ", ".join(_changed(known, ready.inputs))
+                raise StudyChanged(
+                    f"study {self.config.name} was started with other data: {changed}; "
+                    f"put the old data back, or give the study another name"
+                )
+        store.update_study(
+            config=self.config.model_dump(mode="json"),
+            inputs=inputs,
+            resolved={"training.micro_batch_size": ready.config.training.micro_batch_size},
+            domains=_domain_records(ready),
+            status="running",
+        )
+        head = (
+            f"# {self.config.name} with every default filled in; relative paths are taken from {self.config.folder}\n"
+        )
+        text = head + ready.config.to_yaml()
+        (self.folder / "study.yaml").write_text(text, encoding="utf-8")
+
+    def _assignment(self, ready: Preflight) -> Assignment:
+        return Assignment(
+            config=ready.config.model_dump(mode="json"),
+            folder=str(ready.config.folder),
+            domain_folders=tuple(str(domain.folder) for domain in ready.domains),
+            weights_folder=str(ready.weights_folder),
+            weights_keys=ready.weights_keys,
+        )
+
+
+@contextmanager
+def _signals_stop(run: StudyRun) -> Iterator[None]:
+    """SIGINT and SIGTERM pause the run; a second one ends the process as usual. Only where we own the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        run.stop()
+        signal.signal(number, old[number])
+
+    old: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in old:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _changed(known: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    domains_then, domains_now = known.get("domains", {}), now.get("domains", {})
+    parts = [f"domain {name}" for name, mark in domains_now.items() if domains_then.get(name) != mark]
+    parts += ["the task's file"] if known.get("task") != now.get("task") else []
+    parts += ["the model"] if known.get("model") != now.get("model") else []
+    return parts
+
+
+def _domain_records(ready: Preflight) -> list[dict[str, Any]]:
+    """What the report says of the data, as plain data."""
+    records = []
+    for index, (domain, weights) in enumerate(zip(ready.domains, ready.weights(), strict=True)):
+        overlap = ready.overlaps[index] if ready.overlaps is not None else None
+        records.append(
+            {
+                "name": domain.name,
+                "source": ", ".join(ready.config.domains[index].sources),
+                "n_train": len(domain.train),
+                "n_validation": len(domain.validation),
+                "n_bad": domain.report.n_bad,
+                "n_duplicates": domain.report.n_duplicates,
+                "n_overlap": overlap.n_overlapping_rows if overlap is not None else None,
+                "effective_sample_size": weights.effective_sample_size if weights is not None else None,
+                "notes": list(weights.notes) if weights is not None else [],
+            }
+        )
+    return records
+
+
+def _versions() -> dict[str, str]:
+    return {"python": sys.version.split()[0], **{name: version(name) for name in LIBRARIES}}

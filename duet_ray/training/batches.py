@@ -1,0 +1,76 @@
+"""Which rows go into which optimizer step, how a step is cut into micro-batches, and at what learning rate.
+
+Effective batches are a plain seeded shuffle, so that every step sees a fair draw of the mixture: sorting a whole
+epoch by length, as is usual, would fill steps with a single domain. Only inside an effective batch are the rows put
+in order of length and cut into micro-batches. The loss is a sum over the effective batch, so this changes the padding
+and nothing else.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from duet_ray.config import TrainingConfig
+
+TOKENS_PER_PASS = {"cuda": 8192, "cpu": 1024}
+"""Padded tokens in one forward pass when `micro_batch_size` is null; a CPU gains nothing from more."""
+
+SHORT = 64
+"""Rows up to this length share a pass whatever their lengths are: another pass costs more than the padding."""
+
+
+def effective_batches(n_rows: int, training: TrainingConfig, seed: int) -> list[np.ndarray]:
+    """The rows of every optimizer step over all epochs: every row once an epoch, shuffled anew for each."""
+    generator = np.random.default_rng(seed)
+    size = training.batch_size
+    orders = [generator.permutation(n_rows) for _ in range(training.epochs)]
+    return [order[first : first + size] for order in orders for first in range(0, n_rows, size)]
+
+
+def micro_batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Cut one effective batch into forward passes of at most `size` rows, longest rows first.
+
+    A pass also ends where the next row is less than half as long as its longest, so that under half of it is padding.
+
+    Yields:
+        Positions in `lengths`; every position exactly once.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    group: list[int] = []
+    for index in order:
+        longest = lengths[group[0]] if group else 0
+        if group and (len(group) == size or (longest > SHORT and 2 * lengths[index] < longest)):
+            yield group
+            group = []
+        group.append(index)
+    if group:
+        yield group
+
+
+def micro_batch_size(training: TrainingConfig, longest: int, device_type: str) -> int:
+    """Rows per forward pass: as configured, else what `TOKENS_PER_PASS` allows for rows of `longest` tokens.
+
+    It follows from the rows and the kind of device alone, never from the memory that happens to be free, so that a
+    repeat gives the same floats.
+    """
+    if training.micro_batch_size is not None:
+        return training.micro_batch_size
+    budget = TOKENS_PER_PASS.get(device_type, TOKENS_PER_PASS["cuda"])
+    return max(1, min(training.batch_size, budget // max(1, longest)))
+
+
+def learning_rate(step: int, n_steps: int, training: TrainingConfig) -> float:
+    """The learning rate of optimizer step `step` (from 0) of `n_steps`: linear warm-up, then the schedule.
+
+    No step has rate 0: warm-up starts at 1 / n_warmup, and decay would reach 0 only at step `n_steps`.
+    """
+    n_warmup = math.ceil(training.warmup_ratio * n_steps)
+    if step < n_warmup:
+        return training.learning_rate * (step + 1) / n_warmup
+    done = (step - n_warmup) / max(1, n_steps - n_warmup)
+    if training.schedule == "linear":
+        return training.learning_rate * (1 - done)
+    if training.schedule == "cosine":
+        return training.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+    return training.learning_rate

@@ -1,0 +1,265 @@
+"""LoRA fine-tuning: a fresh low-rank adapter per sample over one frozen base (Hu et al. 2022), through PEFT.
+
+The base is loaded once per worker; a sample attaches an adapter, trains it and leaves it attached for the feedback,
+and `reset` takes it off again, which costs milliseconds and leaves the base bit for bit as it was. A plain loop is
+used and not a framework's trainer: it is as quick, it starts no processes and its imports are seconds, not tens.
+
+The loss of an optimizer step is Σ NLL over the completion tokens of its effective batch, divided by their number, so
+that the micro-batch size has no part in it. The base may be bfloat16; adapters and their Adam moments are float32.
+
+All randomness (adapter start, order of rows, dropout) follows from the sample's seed. Global generators are forked
+for the time of training and put back as they were.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
+
+from duet_ray.config import TrainingConfig
+from duet_ray.errors import ConfigError, Problem, SampleFailed, StoreError
+from duet_ray.likelihood import collate, token_nll
+from duet_ray.records import TokenRow
+from duet_ray.training.base import TrainReport
+from duet_ray.training.batches import effective_batches, learning_rate, micro_batch_size, micro_batches
+from duet_ray.training.memory import free_memory, is_out_of_memory
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+"""PEFT's layout: what `save` writes and `load` needs."""
+
+
+def autocast(model: torch.nn.Module) -> torch.autocast:
+    """bfloat16 arithmetic where the frozen base is bfloat16; no change otherwise."""
+    weight = next(model.parameters())
+    return torch.autocast(weight.device.type, dtype=torch.bfloat16, enabled=weight.dtype == torch.bfloat16)
+
+
+class LoraTrainer:
+    """Trains one adapter after the other on the same frozen base. See `training.base.Trainer` for the contract."""
+
+    def __init__(self, model: Any, tokenizer: Any, training: TrainingConfig) -> None:
+        """Take a base model in memory. It is frozen and put in eval mode; its weights are never written to."""
+        self._base = model.requires_grad_(False).eval()
+        self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+        self._training = training
+        self._adapted: PeftModel | None = None
+
+    @property
+    def model(self) -> Any:
+        return self._base if self._adapted is None else self._adapted
+
+    def reset(self) -> None:
+        if self._adapted is not None:
+            self._base = self._adapted.unload().eval()
+            self._adapted = None
+
+    def train(
+        self, rows: Sequence[TokenRow], *, seed: int, on_step: Callable[[int, int], None] | None = None
+    ) -> TrainReport:
+        self.reset()
+        try:
+            with self._private_generators(seed):
+                return self._train(rows, seed, on_step)
+        except (RuntimeError, MemoryError) as error:
+            self.reset()
+            if is_out_of_memory(error):
+                raise SampleFailed(f"out of memory for the adapter (training.rank = {self._training.rank})") from error
+            raise
+        except BaseException:
+            self.reset()
+            raise
+
+    def save(self, folder: Path) -> None:
+        """Write `ADAPTER_FILES` into `folder`, which `PeftModel.from_pretrained` and vLLM load."""
+        assert self._adapted is not None, "nothing is trained or loaded"
+        folder.mkdir(parents=True, exist_ok=True)
+        # False, not PEFT's "auto": that would ask the hub whether the vocabulary of the base had grown.
+        self._adapted.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)
+
+    def load(self, folder: Path) -> None:
+        """Attach an adapter that `save` wrote.
+
+        Raises:
+            StoreError: `folder` holds no adapter, a damaged one, or one of another model.
+        """
+        self.reset()
+        if missing := [name for name in ADAPTER_FILES if not (folder / name).is_file()]:
+            raise StoreError(f"{folder} holds no adapter: {' and '.join(missing)} not found")
+        try:
+            with self._private_generators(0):
+                adapted = PeftModel.from_pretrained(self._base, str(folder), torch_device=str(self._device))
+        except (RuntimeError, ValueError, SafetensorError) as error:
+            self._strip()
+            raise StoreError(f"the adapter in {folder} is damaged, or of another base model: {error}") from error
+        self._adapted = adapted.eval()
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._base.parameters()).device
+
+    def _train(self, rows: Sequence[TokenRow], seed: int, on_step: Callable[[int, int], None] | None) -> TrainReport:
+        if not rows:
+            raise SampleFailed("a sample needs at least one row to train on, got none")
+        started = time.perf_counter()
+        batches = effective_batches(len(rows), self._training, seed)
+        micro = micro_batch_size(self._training, max(map(len, rows)), self._device.type)
+        passes = _Passes(self._attach(), self._pad_id, min(micro, self._training.batch_size))
+        weights = [p for p in passes.model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(weights, lr=0.0, weight_decay=self._training.weight_decay)
+        losses = []
+        with self._training_mode(passes.model):
+            for step, batch in enumerate(batches):
+                rate = learning_rate(step, len(batches), self._training)
+                loss = passes.backward([rows[i] for i in batch], optimizer)
+                norm = float(torch.nn.utils.clip_grad_norm_(weights, self._training.max_grad_norm))
+                _check_finite(loss, norm, step, len(batches), rate)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                losses.append(loss)
+                if on_step is not None:
+                    on_step(step + 1, len(batches))
+        self._check_trained(passes.model)
+        return TrainReport(
+            n_rows=len(rows),
+            n_steps=len(batches),
+            n_tokens=self._training.epochs * sum(map(len, rows)),
+            first_loss=losses[0],
+            last_loss=losses[-1],
+            micro_batch_size=passes.size,
+            seconds=time.perf_counter() - started,
+        )
+
+    def _attach(self) -> PeftModel:
+        """A fresh adapter on the base, its start drawn from the generator as seeded by the caller; B is zero."""
+        settings = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self._training.rank,
+            lora_alpha=self._training.alpha,  # type: ignore[arg-type]  # a float works: it is divided by r
+            lora_dropout=self._training.dropout,
+            target_modules=self._training.target_modules,
+            bias="none",
+        )
+        try:
+            self._adapted = get_peft_model(self._base, settings)
+        except ValueError as error:
+            self._strip()
+            linears = sorted({n.rsplit(".", 1)[-1] for n, m in self._base.named_modules() if _is_linear(m)})
+            message = f"{error} The linear layers of this model are called: {', '.join(linears)}"
+            raise ConfigError([Problem(path="training.target_modules", message=message)]) from error
+        return self._adapted
+
+    def _strip(self) -> None:
+        """Take a half-attached adapter off the base after PEFT refused it."""
+        for name, module in list(self._base.named_modules()):
+            if isinstance(module, BaseTunerLayer):
+                self._base.set_submodule(name, module.get_base_layer())
+        if hasattr(self._base, "peft_config"):
+            del self._base.peft_config
+
+    @contextmanager
+    def _private_generators(self, seed: int) -> Iterator[None]:
+        devices = [self._device] if self._device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            yield
+
+    @contextmanager
+    def _training_mode(self, model: PeftModel) -> Iterator[None]:
+        checkpointing = self._training.gradient_checkpointing
+        model.train()
+        if checkpointing:
+            self._base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        try:
+            yield
+        finally:
+            if checkpointing:
+                self._base.gradient_checkpointing_disable()
+            model.eval()
+
+    def _check_trained(self, model: PeftModel) -> None:
+        """LoRA's B starts at zero, and an adapter with B = 0 is the base: such a sample has learned nothing."""
+        started_at_zero = [p for name, p in model.named_parameters() if "lora_B" in name]
+        if started_at_zero and not any(bool(p.any()) for p in started_at_zero):
+            raise SampleFailed(
+                "training left the adapter untouched: every LoRA B is still zero after the last step "
+                f"(training.learning_rate = {self._training.learning_rate:g})"
+            )
+
+
+class _Passes:
+    """The forward and backward passes of one sample, and their micro-batch size: halved once, if memory runs out."""
+
+    def __init__(self, model: PeftModel, pad_id: int, size: int) -> None:
+        self.model = model
+        self.size = size
+        self._pad_id = pad_id
+        self._first_size = size
+        self._device = next(model.parameters()).device
+
+    def backward(self, rows: Sequence[TokenRow], optimizer: torch.optim.Optimizer) -> float:
+        """Leave the gradients of one effective batch in the weights.
+
+        Only the step in which memory runs out is repeated: nothing was written to the weights in it.
+
+        Returns:
+            The mean NLL per completion token of the effective batch.
+
+        Raises:
+            SampleFailed: memory ran out twice, or `rows` have no completion token.
+        """
+        while (loss := self._try(rows)) is None:
+            optimizer.zero_grad(set_to_none=True)
+            free_memory()
+            longest = max(map(len, rows))
+            if self.size == 1 or self.size < self._first_size:
+                sizes = f"{self.size} x {longest} tokens" + (
+                    f", and before with {self._first_size} x {longest}" if self.size < self._first_size else ""
+                )
+                raise SampleFailed(
+                    f"out of memory on {self._device} with a micro-batch of {sizes}; set a smaller "
+                    "training.micro_batch_size, training.max_tokens or training.gradient_checkpointing: true"
+                )
+            self.size //= 2
+        return loss
+
+    def _try(self, rows: Sequence[TokenRow]) -> float | None:
+        """As `backward`; None if memory ran out. The error is dropped here: its frames hold the tensors."""
+        n_loss_tokens = sum(int(row.loss_mask[1:].sum()) for row in rows)
+        if n_loss_tokens == 0:
+            raise SampleFailed(f"an effective batch of {len(rows)} rows has no completion token to learn from")
+        total = torch.zeros((), device=self._device)
+        try:
+            for group in micro_batches([len(row) for row in rows], self.size):
+                batch = collate([rows[i] for i in group], self._pad_id, self._device)
+                with autocast(self.model):
+                    loss = token_nll(self.model, batch).sum() / n_loss_tokens
+                loss.backward()
+                total += loss.detach()
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                return None
+            raise
+        return float(total)
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.Linear)
+
+
+def _check_finite(loss: float, norm: float, step: int, n_steps: int, rate: float) -> None:
+    for what, value in (("loss", loss), ("gradient norm", norm)):
+        if not math.isfinite(value):
+            raise SampleFailed(
+                f"the {what} is {value} at step {step + 1} of {n_steps} (learning rate {rate:g}); "
+                "try a smaller training.learning_rate"
+            )

@@ -1,0 +1,226 @@
+"""The Gauss–Newton matrix is formed densely here, from the Jacobian of the logits, and everything is held against it."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+from torch import nn
+
+from duet_ray.config import TrainingConfig
+from duet_ray.likelihood import collate
+from duet_ray.records import TokenRow
+from duet_ray.selection.gradients import AdaptedModel, RowList, Vector, ghost_products, mean_gradient, trainable
+from duet_ray.selection.hessian import (
+    Ekfac,
+    GaussNewton,
+    completion_logits,
+    conjugate_gradient,
+    dot,
+    eager_attention,
+    mean_eigenvalue,
+    sampled_pairs,
+)
+from duet_ray.training.lora import LoraTrainer
+from tests.selection.toy_domain import toy_domain
+from tests.tiny_model import tiny_llama, tiny_tokenizer
+
+
+def adapted_model(targets: Any, *, rank: int = 1, batch_size: int = 4, dtype: torch.dtype = torch.float32) -> Any:
+    training = TrainingConfig(
+        rank=rank, alpha=2 * rank, learning_rate=2e-2, epochs=4, batch_size=8, max_tokens=16, target_modules=targets
+    )
+    model = tiny_llama(vocab_size=32, hidden_size=16, dtype=dtype)
+    trainer = LoraTrainer(model, tiny_tokenizer(), training)
+    trainer.train(toy_domain(32).train.items, seed=0)
+    return AdaptedModel.of(trainer.model, pad_id=0, batch_size=batch_size)
+
+
+@pytest.fixture(scope="module")
+def adapted() -> AdaptedModel:
+    return adapted_model(["q_proj", "down_proj"])
+
+
+@pytest.fixture(scope="module")
+def rows() -> RowList:
+    return RowList(toy_domain(10).train.items)
+
+
+def dense_gauss_newton(adapted: AdaptedModel, rows: RowList) -> torch.Tensor:
+    """Jᵀ(diag(p) − ppᵀ)J / N in float64, `(n_parameters, n_parameters)`."""
+    batch = collate(rows.items, 0)
+    with trainable(adapted):
+        logits = completion_logits(adapted, adapted.model, batch)
+        jacobian = torch.stack(
+            [flat(list(torch.autograd.grad(entry, adapted.weights, retain_graph=True))) for entry in logits.flatten()]
+        )
+    p = logits.detach().double().softmax(-1)
+    curvature = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    j = jacobian.double().unflatten(0, p.shape)
+    return torch.einsum("tia,tij,tjb->ab", j, curvature, j) / len(p)
+
+
+def flat(vector: Vector) -> torch.Tensor:
+    return torch.cat([v.flatten() for v in vector])
+
+
+def random_vector(adapted: AdaptedModel) -> Vector:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(w.shape, generator=generator) for w in adapted.weights]
+
+
+def test_the_product_is_that_of_the_dense_matrix(adapted, rows):
+    dense, vector = dense_gauss_newton(adapted, rows), random_vector(adapted)
+    with eager_attention(adapted.model):
+        product = GaussNewton(adapted, rows).product(vector)
+    torch.testing.assert_close(flat(product).double(), dense @ flat(vector).double(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_product_in_bfloat16_is_near(rows):
+    adapted = adapted_model(["q_proj", "down_proj"], dtype=torch.bfloat16)
+    vector = random_vector(adapted)
+    with eager_attention(adapted.model):
+        product = flat(GaussNewton(adapted, rows).product(vector))
+    with trainable(adapted):
+        reference = dense_gauss_newton(adapted, rows) @ flat(vector).double()
+    assert (product - reference).norm() < 0.1 * reference.norm()
+
+
+def test_conjugate_gradients_solve_the_damped_system(adapted, rows):
+    dense = dense_gauss_newton(adapted, rows)
+    damping = 0.1 * float(dense.diagonal().mean())
+    _, gradient = mean_gradient(adapted, RowList(toy_domain(1, 8).validation.items))
+    curvature = GaussNewton(adapted, rows)
+    with eager_attention(adapted.model):
+        solution = conjugate_gradient(
+            lambda v: [h + damping * x for h, x in zip(curvature.product(v), v, strict=True)],
+            gradient,
+            max_iterations=200,
+            tolerance=1e-6,
+        )
+    expected = torch.linalg.solve(dense + damping * torch.eye(len(dense)), flat(gradient).double())
+    assert solution.residual <= 1e-6
+    assert (flat(solution.x) - expected).norm() < 1e-3 * expected.norm()
+
+
+def test_the_mean_eigenvalue_is_the_trace_over_the_parameters(adapted, rows):
+    dense = dense_gauss_newton(adapted, rows)
+    draws = [mean_eigenvalue(adapted, rows, seed) for seed in range(40)]
+    expected = float(dense.diagonal().mean())
+    assert np.mean(draws) == pytest.approx(expected, abs=4 * np.std(draws) / np.sqrt(40))
+    assert np.std(draws) < expected
+
+
+def test_both_solvers_take_the_same_mean_eigenvalue(adapted, rows):
+    assert Ekfac.fit(adapted, rows, seed=3).mean_eigenvalue == pytest.approx(
+        mean_eigenvalue(adapted, rows, seed=3), rel=1e-4
+    )
+
+
+def test_eager_attention_is_for_a_while_only(adapted):
+    before = adapted.model.config._attn_implementation
+    with eager_attention(adapted.model):
+        assert adapted.model.config._attn_implementation == "eager"
+    assert adapted.model.config._attn_implementation == before != "eager"
+
+
+class OneLinear(nn.Module):
+    """logits = W · onehot(token): one linear, and for rows that start alike a Fisher matrix that is a Kronecker one."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding.from_pretrained(torch.eye(size), freeze=True)
+        self.linear = nn.Linear(size, size, bias=False)
+        with torch.no_grad():
+            self.linear.weight.copy_(torch.randn(size, size, generator=torch.Generator().manual_seed(0)))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.linear(self.embedding(input_ids)))
+
+
+def test_ekfac_is_exact_where_the_fisher_matrix_is_a_kronecker_product():
+    model = OneLinear(6)
+    adapted = AdaptedModel(model, ("linear",), (model.linear,), 0, 16)
+    # Every row is token 2, then a token that is predicted: F = E[xxᵀ] ⊗ E[δδᵀ] with x always the same.
+    rows = RowList([TokenRow(np.array([2, 1 + i % 5], np.int32), np.array([False, True])) for i in range(200)])
+    gradients: list[torch.Tensor] = []
+    sampled_pairs(
+        adapted, rows, 7, lambda _: lambda _index, x, delta: gradients.extend((delta.transpose(1, 2) @ x).flatten(1))
+    )
+    g = torch.stack(gradients).double()
+    fisher = g.T @ g / len(rows)
+    vector, damping = torch.randn(6, 6, generator=torch.Generator().manual_seed(1)), 0.05
+    expected = torch.linalg.solve(fisher + damping * torch.eye(36), vector.flatten().double())
+    (solution,) = Ekfac.fit(adapted, rows, seed=7).solve([vector], damping)
+    torch.testing.assert_close(solution.flatten().double(), expected, rtol=1e-4, atol=1e-5)
+    # With labels drawn from the model, the Fisher matrix is the Gauss–Newton matrix, within the noise of 200 draws.
+    exact = dense_gauss_newton(adapted, rows)
+    assert (fisher - exact).norm() < 0.25 * exact.norm()
+
+
+def test_ekfac_ranks_rows_as_the_dense_block_diagonal_solve_does(adapted):
+    domain = toy_domain(24, 8, corrupted=0.3)
+    train = RowList(domain.train.items)
+    _, gradient = mean_gradient(adapted, domain.validation)
+    factors = Ekfac.fit(adapted, train, seed=0)
+    damping = 0.1 * factors.mean_eigenvalue
+    dense, sizes = dense_gauss_newton(adapted, train), [w.numel() for w in adapted.weights]
+    exact, start = [], 0
+    for v, size in zip(gradient, sizes, strict=True):
+        block = dense[start : start + size, start : start + size] + damping * torch.eye(size)
+        exact.append(torch.linalg.solve(block, v.flatten().double()).float().view_as(v))
+        start += size
+    reference = ghost_products(adapted, train, exact)
+    by_ekfac = spearmanr(ghost_products(adapted, train, factors.solve(gradient, damping)), reference).statistic
+    by_gradient = spearmanr(ghost_products(adapted, train, gradient), reference).statistic
+    assert by_ekfac > 0.9
+    assert by_ekfac > by_gradient
+
+
+def test_the_batch_size_does_not_matter_to_ekfac(rows):
+    solutions = []
+    for batch_size in (1, 10):
+        adapted = adapted_model(["q_proj"], batch_size=batch_size)
+        factors = Ekfac.fit(adapted, rows, seed=0)
+        solutions.append(flat(factors.solve(random_vector(adapted), 0.1 * factors.mean_eigenvalue)))
+    torch.testing.assert_close(*solutions, rtol=1e-3, atol=1e-3 * float(solutions[0].abs().max()))
+
+
+def spd(n: int) -> torch.Tensor:
+    a = torch.randn(n, n, generator=torch.Generator().manual_seed(0))
+    return a @ a.T / n + 0.1 * torch.eye(n)
+
+
+def test_conjugate_gradients_stop_at_the_tolerance_and_report_the_residual():
+    matrix, b = spd(30), torch.ones(30)
+    counted: list[int] = []
+    solution = conjugate_gradient(
+        lambda v: [matrix @ v[0]], [b], max_iterations=100, tolerance=1e-3, on_iteration=counted.append
+    )
+    true = float((b - matrix @ solution.x[0]).norm() / b.norm())
+    assert solution.residual <= 1e-3
+    assert true == pytest.approx(solution.residual, rel=0.05)
+    assert counted == list(range(1, solution.n_iterations + 1))
+
+
+def test_conjugate_gradients_that_run_out_of_iterations_say_how_far_they_are():
+    matrix = spd(30)
+    solution = conjugate_gradient(lambda v: [matrix @ v[0]], [torch.ones(30)], max_iterations=3, tolerance=1e-8)
+    assert solution.n_iterations == 3
+    assert solution.residual > 1e-8
+
+
+def test_conjugate_gradients_of_a_broken_product_are_not_finite():
+    solution = conjugate_gradient(lambda v: [v[0] * np.nan], [torch.ones(3)], max_iterations=3, tolerance=1e-8)
+    assert np.isnan(solution.residual)
+
+
+def test_conjugate_gradients_of_zero_are_zero():
+    solution = conjugate_gradient(lambda v: v, [torch.zeros(3)], max_iterations=3, tolerance=1e-8)
+    assert (solution.residual, solution.n_iterations) == (0.0, 0)
+    assert dot(solution.x, solution.x) == 0
