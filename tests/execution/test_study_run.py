@@ -1,0 +1,253 @@
+"""Whole studies on a local Ray, and what happens to them when something is killed for real.
+
+Each study runs as its user runs it, as a `duet run` of its own. Faults are placed by `side.py`, a feedback measured
+beside the real one that blocks, or kills its own worker, when a file in the study's folder says so.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from duet_ray.records import Trial
+from duet_ray.store import Store
+from tests.toy_study import toy_data, write_study_file, write_toy_study
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+SIDE = '''
+"""Side effects on demand: `hold-at` and `kill-at` hold the number of the call at which it blocks or kills itself."""
+
+import os, signal, time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def effect(model, tokenizer):
+    with (HERE / "calls.log").open("a") as file:
+        file.write("call\\n")
+    n_calls = len((HERE / "calls.log").read_text().splitlines())
+    if (HERE / "kill-at").exists() and n_calls == int((HERE / "kill-at").read_text()):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if (HERE / "hold-at").exists() and n_calls >= int((HERE / "hold-at").read_text()):
+        (HERE / "holding").touch()
+        while (HERE / "hold-at").exists():
+            time.sleep(0.05)
+    return 0.0
+'''
+
+
+def write_study(folder: Path, **changes: Any) -> Path:
+    side = {"kind": "function", "function": "side:effect", "direction": "minimize", "name": "side"}
+    path = write_toy_study(folder, also=[side], **changes)
+    (folder / "side.py").write_text(SIDE, encoding="utf-8")
+    return path
+
+
+def start(study: Path, *arguments: str) -> subprocess.Popen[str]:
+    code = "import sys; from duet_ray.cli import main; main()"
+    command = [sys.executable, "-c", code, "run", str(study), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen[str], seconds: float = 240) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=seconds)
+    return process.returncode, output
+
+
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 180) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def trials_of(study: Path) -> list[Trial]:
+    store = Store(study.parent / "studies" / "toy")
+    try:
+        return store.trials()
+    finally:
+        store.close()
+
+
+def essence(trials: list[Trial]) -> list[Any]:
+    """What must not depend on interruptions or on the number of workers: ratios, rows, values, observations."""
+    return [
+        (t.number, t.ratio, t.method, t.status, t.observation, [(s.rows_digest, s.value) for s in t.samples])
+        for t in trials
+    ]
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study that nothing happened to, on one group."""
+    study = write_study(tmp_path_factory.mktemp("calm"))
+    code, output = finish(start(study))
+    assert code == 0, output
+    return study
+
+
+@pytest.fixture
+def processes() -> Iterator[list[psutil.Process]]:
+    """Processes that a test must not leave behind; ended by their own ids."""
+    seen: list[psutil.Process] = []
+    yield seen
+    for process in seen:
+        if process.is_running():
+            process.kill()
+
+
+def test_a_study_runs_to_its_end(calm: Path) -> None:
+    trials = trials_of(calm)
+    assert [t.name for t in trials][:6] == ["base", "t0000", "t0001", "t0002", "t0003", "t0004"]
+    assert [t.method for t in trials][1:6] == ["uniform", "random", "random", "bayesian:lcb", "bayesian:lcb"]
+    assert trials[1].ratio is not None
+    assert trials[1].ratio.counts == (8, 8, 8)
+    for trial in trials[1:6]:
+        assert trial.ratio is not None
+        assert sum(trial.ratio.counts) == 24
+        assert trial.observation is not None
+        assert trial.observation.value == min(s.value for s in trial.samples if s.value is not None)
+        assert len({s.rows_digest for s in trial.samples}) == 2, "k samples draw different rows"
+    assert {t.method for t in trials[6:]} >= {"confirm:t0000"}
+    searched = {s.rows_digest for t in trials[:6] for s in t.samples}
+    assert not searched & {s.rows_digest for t in trials[6:] for s in t.samples}, "fresh seeds, fresh rows"
+    # More of the domain that answers the task is better: the mean of the ratios above and below uniform tells.
+    by_share = sorted((t.ratio.counts[0], t.observation.value) for t in trials[1:6] if t.ratio and t.observation)
+    assert by_share[-1][1] < by_share[0][1]
+
+
+def test_what_a_study_leaves_behind(calm: Path) -> None:
+    folder = calm.parent / "studies" / "toy"
+    adapters = sorted(str(p.relative_to(folder / "artifacts")) for p in folder.glob("artifacts/*/*/adapter"))
+    values = sorted((s.value, t.name, s.spec.sample) for t in trials_of(calm)[1:6] for s in t.samples if s.value)
+    assert adapters == sorted(f"{name}/s{sample}/adapter" for _, name, sample in values[:2]), "keep_best: 2"
+    assert not list((folder / ".ray").glob("*")), "Ray's own files are gone"
+    assert (folder / "report.html").is_file()
+    assert not [p for p in folder.rglob("*") if p.suffix in (".pkl", ".pickle", ".pt", ".bin")]
+
+
+def test_a_finished_study_is_not_run_again(calm: Path) -> None:
+    before = essence(trials_of(calm))
+    code, output = finish(start(calm))
+    assert code == 0, output
+    assert essence(trials_of(calm)) == before
+    assert "starting Ray" not in output
+
+
+def test_the_driver_is_killed_in_the_middle_of_a_trial(
+    calm: Path, tmp_path: Path, processes: list[psutil.Process]
+) -> None:
+    """kill -9, the same command again, on two groups now: the same study as one that nothing happened to."""
+    study = write_study(tmp_path, fleet__groups=2)
+    # Call 1 measures the base; with k = 2, call 7 is a sample of the third trial.
+    (tmp_path / "hold-at").write_text("7")
+    first = start(study)
+    wait_for((tmp_path / "holding").exists, first)
+    processes += psutil.Process(first.pid).children(recursive=True)
+    finished = {p: p.stat().st_mtime_ns for p in tmp_path.glob("studies/toy/artifacts/*/*/result.json")}
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert len(finished) >= 5
+    _, alive = psutil.wait_procs(processes, timeout=60)
+    for process in alive:
+        process.kill()
+    half = trials_of(study)
+    assert [t.status for t in half] == ["done", "done", "done", "pending"]
+    (tmp_path / "hold-at").unlink()
+    code, output = finish(start(study))
+    assert code == 0, output
+    assert essence(trials_of(study)) == essence(trials_of(calm))
+    assert {p: p.stat().st_mtime_ns for p in finished} == finished, "a finished sample is not trained again"
+
+
+def test_a_worker_is_killed(calm: Path, tmp_path: Path) -> None:
+    """SIGKILL inside a sample: that sample is done again, alone, and nothing else changes."""
+    study = write_study(tmp_path)
+    (tmp_path / "kill-at").write_text("4")
+    code, output = finish(start(study))
+    assert code == 0, output
+    trials = trials_of(study)
+    assert essence(trials) == essence(trials_of(calm))
+    assert [s.n_retries for t in trials for s in t.samples].count(1) == 1
+    assert sum(s.n_retries for t in trials for s in t.samples) == 1
+    # The model had been trained when its worker died: only the feedback was repeated.
+    log = "".join(p.read_text() for p in tmp_path.glob("studies/toy/logs/*.log"))
+    assert "was trained already: only its feedback is repeated" in log
+
+
+def test_ctrl_c_pauses_and_says_how_to_go_on(calm: Path, tmp_path: Path) -> None:
+    study = write_study(tmp_path)
+    (tmp_path / "hold-at").write_text("5")
+    first = start(study)
+    wait_for((tmp_path / "holding").exists, first)
+    second = start(study)
+    code, output = finish(second)
+    assert code == 1
+    assert f"study toy is already run by process {first.pid} on " in output
+    children = psutil.Process(first.pid).children(recursive=True)
+    first.send_signal(signal.SIGINT)
+    code, output = finish(first, 120)
+    assert code == 130, output
+    assert f"To go on: duet run {study}" in output
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive, "children are stopped"
+    (tmp_path / "hold-at").unlink()
+    code, output = finish(start(study))
+    assert code == 0, output
+    assert essence(trials_of(study)) == essence(trials_of(calm))
+
+
+def test_every_sample_fails(tmp_path: Path) -> None:
+    """A learning rate that ends in NaN: no value is made up, the exit code says so, the reason comes first."""
+    study = write_study(tmp_path, training__learning_rate=1e30, search={"n_start": 2, "n_trials": 1})
+    code, output = finish(start(study))
+    assert code == 1
+    assert "error: every trial failed: " in output
+    assert "(6 of 6 samples)" in output
+    trials = trials_of(study)
+    assert [t.status for t in trials] == ["done", "failed", "failed", "failed"]
+    assert all(s.value is None and s.reason for t in trials[1:] for s in t.samples)
+
+
+def test_the_base_cannot_be_measured(tmp_path: Path) -> None:
+    study = write_study(tmp_path)
+    feedback = {"kind": "function", "function": "side:no_number", "direction": "minimize"}
+    write_study_file(tmp_path, toy_data(feedback=feedback, sampling__max_retries=1))
+    (tmp_path / "side.py").write_text("def no_number(model, tokenizer):\n    return float('nan')\n")
+    code, output = finish(start(study))
+    assert code == 1
+    assert "the untouched model cannot be measured, so nothing was trained" in output
+    assert "side:no_number" in output
+    code, again = finish(start(study))
+    assert code == 1
+    assert "nothing was trained" in again
+
+
+def test_more_than_there_is(tmp_path: Path) -> None:
+    study = write_study(tmp_path, fleet__groups=100)
+    code, output = finish(start(study))
+    assert code == 1
+    assert "fleet: needs 100 CPUs (100 groups × 1 workers × 1) and there are" in output
+    assert "lower fleet.groups or fleet.cpus_per_worker" in output
+
+
+def test_json_is_all_that_stands_on_standard_output(calm: Path) -> None:
+    code = "import sys; from duet_ray.cli import main; main()"
+    ended = subprocess.run(
+        [sys.executable, "-c", code, "status", str(calm), "--json"], capture_output=True, text=True, check=True
+    )
+    assert json.loads(ended.stdout)["study"] == "toy"
