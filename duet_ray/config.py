@@ -2,18 +2,17 @@
 
 A typo in a YAML file costs a night of GPU time when it is silently ignored, so unknown keys are errors with a
 suggestion, every message carries the YAML path and the line, and nothing starts before the whole file is sound.
-Keys that are planned but not built yet are refused by name (`LATER`), never accepted and ignored.
+Keys that are planned but not built yet are refused by name, never accepted and ignored (`study_file.py`).
 
 All relative paths in a study file are relative to the folder of that file, so that a study gives the same result
 from whatever folder it is started.
 """
 
-import difflib
 import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -22,23 +21,9 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from duet_ray.errors import ConfigError, Problem
 from duet_ray.records import Direction
+from duet_ray.study_file import explain, later_keys, leaves, line_of, parse, secrets, set_value
 
 SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-_SECRET = re.compile(
-    r"(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[0-9A-Z]{16}"
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY)"
-)
-
-LATER: Mapping[str, str] = {
-    "search.also": "searching training settings beside the ratio is not built yet: set them under `training`",
-    "search.constraints": "linear constraints over domains are not built yet: use `bounds` on a domain",
-    "search.fidelity": "multi-fidelity search is not built yet",
-    "search.asynchronous": "asynchronous search is not built yet: use `concurrent_trials`",
-    "sampling.racing": "racing is not built yet: every sample runs to its end",
-    "training.fuse": "fused LoRA is not built yet: every sample trains in a process of its own",
-    "store": "only SQLite in the study's folder is built yet: remove `store`",
-}
-"""Keys of later versions: refused with a reason, so that nobody thinks they had an effect."""
 
 
 class Section(BaseModel):
@@ -115,6 +100,9 @@ class SelectionConfig(Section):
     n_fit_rows: int | None = Field(None, ge=1, description="rows to fine-tune a domain's model on; null = all")
     n_hessian_rows: int | None = Field(256, ge=1, description="rows the Hessian is estimated on; null = all")
     epochs: int | None = Field(None, ge=1, description="epochs of a domain's model; null = training.epochs")
+    target_modules: Literal["all-linear"] | list[str] | None = Field(
+        None, description="layers of a domain's model that are adapted and scored by; null = training.target_modules"
+    )
     batch_size: int = Field(8, ge=1, description="rows scored at once")
     weighting: WeightingConfig = WeightingConfig()
 
@@ -194,6 +182,11 @@ class FunctionConfig(FeedbackBase):
 
 
 AnyFeedback = Annotated[HeldoutLossConfig | LmEvalConfig | FunctionConfig, Field(discriminator="kind")]
+FEEDBACK_KINDS: Mapping[str, type[FeedbackBase]] = {
+    "heldout_loss": HeldoutLossConfig,
+    "lm_eval": LmEvalConfig,
+    "function": FunctionConfig,
+}
 
 
 class FleetConfig(Section):
@@ -333,9 +326,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
         raise ConfigError(f"{file}: no such study file; `duet init {file}` writes one to start from") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: cannot be read: {error}") from None
-    data, lines = _parse(text, file.name)
+    data, lines = parse(text, file.name)
     for override in overrides:
-        _set(data, override)
+        set_value(data, override)
     return config_from(data, folder=file.resolve().parent, file=file.name, lines=lines)
 
 
@@ -345,16 +338,16 @@ def config_from(
     """Check a study given as plain data; `load_config` without the file. Raises `ConfigError` as it does."""
     lines = lines or {}
     problems = [
-        Problem(path=p, message=m, file=file, line=_line(lines, p)) for p, m in [*_later(data), *_secrets(data)]
+        Problem(path=p, message=m, file=file, line=line_of(lines, p)) for p, m in [*later_keys(data), *secrets(data)]
     ]
     later = {p.path for p in problems}
     try:
         config = StudyConfig.model_validate(data)
     except ValidationError as error:
         for item in error.errors():
-            where, message = _explain(item, data)
+            where, message = explain(item, data, StudyConfig, FEEDBACK_KINDS)
             if where not in later:
-                problems.append(Problem(path=where, message=message, file=file, line=_line(lines, where)))
+                problems.append(Problem(path=where, message=message, file=file, line=line_of(lines, where)))
     if problems:
         raise ConfigError(sorted(problems, key=lambda p: (p.line or 0, p.path)))
     return config.placed_in(folder)
@@ -362,7 +355,7 @@ def config_from(
 
 def differences(stored: StudyConfig, given: StudyConfig) -> list[str]:
     """What in `given` forbids resuming `stored`: lines like `training.rank: 16 -> 32`; empty when it may resume."""
-    old, new = dict(_leaves(stored.model_dump(mode="json"))), dict(_leaves(given.model_dump(mode="json")))
+    old, new = dict(leaves(stored.model_dump(mode="json"))), dict(leaves(given.model_dump(mode="json")))
     found = []
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) == new.get(key):
@@ -379,207 +372,3 @@ def fingerprint(data: Any) -> str:
     """A short SHA-256 over plain data: equal data, equal fingerprint, on any machine."""
     text = json.dumps(data, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _parse(text: str, file: str) -> tuple[dict[str, Any], dict[str, int]]:
-    """YAML text to plain data, and the line of every path in it."""
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = mark.line + 1 if mark else None
-        message = f"not valid YAML: {getattr(error, 'problem', None) or error}"
-        raise ConfigError([Problem(path="", message=message, file=file, line=line)]) from None
-    except RecursionError:
-        raise ConfigError([Problem(path="", message="nested too deeply", file=file)]) from None
-    if not isinstance(data, dict) or not isinstance(node, yaml.MappingNode):
-        raise ConfigError([Problem(path="", message="a study file is a mapping of keys to values", file=file, line=1)])
-    lines: dict[str, int] = {}
-    twice: list[Problem] = []
-    _collect_lines(node, "", file, lines, twice)
-    if twice:
-        raise ConfigError(twice)
-    return data, lines
-
-
-def _collect_lines(node: yaml.Node, path: str, file: str, lines: dict[str, int], twice: list[Problem]) -> None:
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key_node, value_node in node.value:
-            inner = f"{path}.{key_node.value}" if path else str(key_node.value)
-            line = key_node.start_mark.line + 1
-            if inner in seen:
-                twice.append(Problem(path=inner, message="stands twice; keep one", file=file, line=line))
-            seen.add(inner)
-            lines[inner] = line
-            _collect_lines(value_node, inner, file, lines, twice)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            inner = f"{path}[{index}]"
-            lines[inner] = item.start_mark.line + 1
-            _collect_lines(item, inner, file, lines, twice)
-
-
-def _line(lines: Mapping[str, int], path: str) -> int | None:
-    """The line of a path, or of the nearest path above it that stands in the file."""
-    while path:
-        if path in lines:
-            return lines[path]
-        path = re.sub(r"(\.[^.\[\]]+|\[\d+\]|^[^.\[\]]+)$", "", path)
-    return None
-
-
-def _explain(item: Any, data: Any) -> tuple[str, str]:
-    """One pydantic error as (YAML path, message that says what is wrong and what is right)."""
-    location = _real_location(item["loc"], data)
-    where = _join(location)
-    kind, given = item["type"], item.get("input")
-    if kind == "extra_forbidden":
-        choices = _keys_at(item["loc"][:-1])
-        close = difflib.get_close_matches(str(location[-1]), choices, n=1, cutoff=0.6)
-        hint = f"did you mean `{close[0]}`?" if close else f"known here: {', '.join(sorted(choices))}"
-        return where, f"unknown key; {hint}"
-    if kind == "missing":
-        return where, "is required and missing"
-    if kind == "union_tag_not_found":
-        return where, "needs `kind`: one of heldout_loss, lm_eval, function"
-    if kind == "union_tag_invalid":
-        tag = item.get("ctx", {}).get("tag")
-        if tag == "deferred":
-            return f"{where}.kind", "`deferred` feedback is not built yet"
-        choices = ["heldout_loss", "lm_eval", "function"]
-        return f"{where}.kind", f"must be one of {', '.join(choices)}, got {tag!r}{_close(tag, choices)}"
-    if kind in ("literal_error", "enum"):
-        expected = str(item.get("ctx", {}).get("expected", ""))
-        choices = re.findall(r"'([^']*)'", expected)
-        return where, f"must be {expected}, got {given!r}{_close(given, choices)}{_not_yet(where, given)}"
-    if kind == "value_error":
-        message = str(item["ctx"]["error"])
-        named = re.match(r"^([a-z_]+(?:\.[a-z_]+)+): (.*)$", message, re.DOTALL)
-        return (named[1], named[2]) if named else (where, message)
-    message = item["msg"].replace("Input should be", "must be").replace("Input", "it")
-    return where, f"{message}, got {_short(given)}"
-
-
-def _not_yet(where: str, given: Any) -> str:
-    planned = {
-        "selection.method": ("less", "tracin", "remove_harmful", "top_n", "logdet", "coreset", "indicators"),
-        "selection.solver": ("lissa",),
-        "selection.weighting.kind": ("rank",),
-        "training.method": ("full",),
-        "search.acquisition": ("ei", "kg", "thompson"),
-        "search.kernel": ("matern", "ard", "auto", "compositional"),
-    }
-    return f" ({given} is planned and not built yet)" if given in planned.get(where, ()) else ""
-
-
-def _close(given: Any, choices: Sequence[str]) -> str:
-    close = difflib.get_close_matches(str(given), choices, n=1, cutoff=0.6)
-    return f"; did you mean `{close[0]}`?" if close else ""
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _real_location(location: Sequence[int | str], data: Any) -> list[int | str]:
-    """Pydantic's location without the tags of unions, which do not stand in the file."""
-    kept: list[int | str] = []
-    for position, part in enumerate(location):
-        last = position == len(location) - 1
-        in_list = isinstance(data, list) and isinstance(part, int) and part < len(data)
-        if in_list or (isinstance(data, Mapping) and part in data):
-            data, keep = data[part], True
-        else:
-            keep = last and isinstance(data, Mapping)
-        if keep:
-            kept.append(part)
-    return kept
-
-
-def _keys_at(location: Sequence[int | str]) -> list[str]:
-    """The keys that the schema knows at a location as pydantic reports it (union tags included)."""
-    tags: dict[str, type[Section]] = {
-        "heldout_loss": HeldoutLossConfig, "lm_eval": LmEvalConfig, "function": FunctionConfig,
-    }  # fmt: skip
-    model: type[BaseModel] = StudyConfig
-    for part in location:
-        if isinstance(part, int):
-            continue
-        if part in tags:
-            model = tags[part]
-        elif part in model.model_fields:
-            inner = _section_of(model.model_fields[part].annotation)
-            model = inner or model
-    return list(model.model_fields)
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for inner in getattr(annotation, "__args__", ()):
-        if found := _section_of(inner):
-            return found
-    return None
-
-
-def _join(parts: Sequence[int | str]) -> str:
-    text = ""
-    for part in parts:
-        text += f"[{part}]" if isinstance(part, int) else (f".{part}" if text else str(part))
-    return text
-
-
-def _leaves(data: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(data, Mapping) and data:
-        for key, value in data.items():
-            yield from _leaves(value, f"{path}.{key}" if path else str(key))
-    elif isinstance(data, list) and data:
-        for index, value in enumerate(data):
-            yield from _leaves(value, f"{path}[{index}]")
-    else:
-        yield path, data
-
-
-def _later(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for path, message in LATER.items():
-        inner: Any = data
-        for part in path.split("."):
-            inner = inner.get(part) if isinstance(inner, Mapping) else None
-        if inner is not None:
-            yield path, message
-
-
-def _secrets(data: Any) -> Iterator[tuple[str, str]]:
-    for path, value in _leaves(data):
-        if isinstance(value, str) and _SECRET.search(value):
-            yield path, "looks like a secret; take it out and set it in the environment (HF_TOKEN and the like)"
-
-
-def _set(data: dict[str, Any], override: str) -> None:
-    """Apply one `path=value`."""
-    path, separator, text = override.partition("=")
-    parts: list[int | str] = [int(p[1:-1]) if p.startswith("[") else p for p in re.findall(r"[^.\[\]]+|\[\d+\]", path)]
-    if not separator or not parts:
-        raise ConfigError(f"--set {override}: must be path=value, e.g. --set search.n_trials=20")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from None
-    here: Any = data
-    for position, part in enumerate(parts[:-1]):
-        try:
-            if isinstance(here, dict) and isinstance(part, str):
-                here = here.setdefault(part, {})
-            else:
-                here = here[part]
-        except (KeyError, IndexError, TypeError):
-            raise ConfigError(
-                f"--set {override}: there is no `{_join(parts[: position + 1])}` in the study file"
-            ) from None
-    try:
-        here[parts[-1]] = value
-    except (IndexError, TypeError):
-        raise ConfigError(f"--set {override}: there is no `{path}` in the study file") from None

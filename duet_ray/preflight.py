@@ -5,6 +5,7 @@ space of ratios, the keys of the weights, and a study file with every `auto` res
 """
 
 import hashlib
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from duet_ray.config import StudyConfig
 from duet_ray.domains import Domain, Overlap, find_overlap, prepare_domains
-from duet_ray.errors import DataError, DataErrors, DuetError
+from duet_ray.errors import DataError, DataErrors, DuetError, ResourceError
 from duet_ray.feedback import make_feedback
 from duet_ray.search import SimplexSpace
 from duet_ray.selection import (
@@ -25,7 +26,7 @@ from duet_ray.selection import (
     weights_key,
 )
 from duet_ray.training import load_tokenizer
-from duet_ray.training.estimate import MemoryEstimate, estimate_memory, memory_problem, resolved_micro_batch
+from duet_ray.training.estimate import GIB, MemoryEstimate, estimate_memory, memory_problem, resolved_micro_batch
 
 OnStage = Callable[[str], None]
 
@@ -83,6 +84,7 @@ def preflight(config: StudyConfig, *, on_stage: OnStage = lambda _: None) -> Pre
     _weigh_without_model(config, domains, weights_folder, keys)
     if problem := memory_problem(config, memory):
         notes.append(problem)
+    _check_disk(config, memory)
     notes += [
         f"{d.name}: {d.report.n_bad} bad rows left out, the first: {d.report.bad[0]}" for d in domains if d.report.bad
     ]
@@ -113,6 +115,23 @@ def resolved(config: StudyConfig) -> StudyConfig:
         training = training.model_copy(update={"micro_batch_size": micro})
         config = config.model_copy(update={"training": training}).placed_in(folder)
     return config
+
+
+def _check_disk(config: StudyConfig, memory: MemoryEstimate) -> None:
+    """Room for the adapters that are kept and those in the making.
+
+    Raises:
+        ResourceError: says need and have.
+    """
+    folder = config.resolve_path(config.storage)
+    folder.mkdir(parents=True, exist_ok=True)
+    n_adapters = config.keep_best + config.confirm.finalists + config.fleet.groups + config.sampling.k
+    need, free = 4 * memory.n_trained * n_adapters / GIB + 0.1, shutil.disk_usage(folder).free / GIB
+    if free < need:
+        raise ResourceError(
+            f"storage: {n_adapters} adapters need {need:.1f} GiB and {folder} has {free:.1f} GiB free; "
+            f"make room, lower keep_best, or choose another storage"
+        )
 
 
 def _overlaps(

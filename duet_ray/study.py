@@ -66,7 +66,7 @@ class Study:
 
     def score(self, watcher: Watcher | None = None) -> Preflight:
         """Weigh every row of every domain, as `run` would, and stop there. Stored weights are not computed again."""
-        with self._session(watcher) as (ready, run):
+        with self._session(watcher, ends_as="paused") as (ready, run):
             run.score()
         return ready
 
@@ -142,7 +142,9 @@ class Study:
     # ------------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _session(self, watcher: Watcher | None) -> Iterator[tuple[Preflight, StudyRun]]:
+    def _session(
+        self, watcher: Watcher | None, ends_as: Literal["done", "paused"] = "done"
+    ) -> Iterator[tuple[Preflight, StudyRun]]:
         """Hold the study's lease, make everything ready, and keep the study's status true whatever happens."""
         watcher = watcher or SilentWatcher()
         store = Store(self.folder, create=True)
@@ -164,7 +166,7 @@ class Study:
                 try:
                     with _signals_stop(run):
                         yield ready, run
-                    status = "done"
+                    status = ends_as
                 except Paused:
                     status = "paused"
                     raise

@@ -13,14 +13,18 @@ from duet_ray.cli.console import err
 from duet_ray.config import StudyConfig
 from duet_ray.records import CONFIRM_FIRST
 
+TICK_SECONDS = 30.0
+"""How often a log says what is under way."""
+
 
 class LogWatcher:
-    """One line for each phase and each trial that ends."""
+    """One line for each phase and each trial that ends, and now and then what is under way."""
 
     def __init__(self, config: StudyConfig | None = None) -> None:
         self._config = config
         self._said: set[int] = set()
         self._lock = threading.Lock()
+        self._next_tick = time.monotonic() + TICK_SECONDS
 
     def __enter__(self) -> Self:
         self.changed()
@@ -33,7 +37,9 @@ class LogWatcher:
         self._line(text)
 
     def tick(self, in_flight: Mapping[str, str]) -> None:
-        pass
+        if in_flight and time.monotonic() >= self._next_tick:
+            self._next_tick = time.monotonic() + TICK_SECONDS
+            self._line("  " + ", ".join(f"{key} {text}".rstrip() for key, text in sorted(in_flight.items())))
 
     def changed(self) -> None:
         from duet_ray.report.status import log_line
@@ -88,7 +94,10 @@ class LiveWatcher:
             parts += [Text(f"  {key}  {text}", style="dim") for key, text in sorted(others.items())]
             if self._summary is not None:
                 left = seconds_left(self._config, self._summary)
-                parts.insert(0, trial_table(self._summary, in_flight=self._in_flight, seconds_left=left))
+                table = trial_table(
+                    self._summary, in_flight=self._in_flight, seconds_left=left, max_rows=max(4, err.height - 12)
+                )
+                parts.insert(0, table)
             self._live.update(Group(*parts), refresh=True)
 
 

@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -102,9 +103,11 @@ class Fleet:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # Groups leave when the broker is closed; one that is in the middle of a task ends with Ray itself.
         self._closing = True
+        deadline = time.monotonic() + 4
         for thread in self._threads:
-            thread.join(timeout=10)
+            thread.join(timeout=max(0.0, deadline - time.monotonic()))
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def ended(self) -> dict[int, str]:

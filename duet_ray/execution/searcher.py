@@ -110,7 +110,8 @@ class StudySearcher(Searcher):
             trial = trials[other]
             if other >= number or trial.ratio is None:
                 continue
-            if other > horizon:
+            if other > horizon or trial.status == "failed":
+                # A failed ratio has taught nothing, but proposing it again would fail again.
                 pending.append(trial.ratio)
             elif trial.observation is not None:
                 loss = self._config.direction.to_loss(trial.observation.value)

@@ -10,7 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -123,12 +123,16 @@ class StudyRun:
         """Ray, the broker and the fleet, all stopped at the end."""
         self.watcher.phase("starting Ray and the fleet")
         with ExitStack() as stack:
-            stack.enter_context(ray_session(self.config))
+            ray = stack.enter_context(ray_session(self.config))
             self._broker = start_broker(self._broker_name, NAMESPACE, self.config.sampling.max_retries)
             fleet = Fleet(self.config, self.assignment, broker_name=self._broker_name, namespace=NAMESPACE)
             self._fleet = stack.enter_context(fleet)
             stack.callback(self._close)
-            yield
+            try:
+                yield
+            except ray.exceptions.RayError as error:
+                reason = str(error).strip().splitlines()[0]
+                raise ResourceError(f"Ray failed: {reason}; what finished is kept, the same command goes on") from error
 
     # The three parts --------------------------------------------------------------------------------------------
 
@@ -345,7 +349,8 @@ class StudyRun:
     def _close(self) -> None:
         import ray
 
-        ray.get(self._broker.close.remote())
+        with suppress(ray.exceptions.RayError):  # Ray is gone already: there is nothing to close.
+            ray.get(self._broker.close.remote())
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     # What is on disk --------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from duet_ray.domains import Domain, open_domain
 from duet_ray.errors import SampleFailed
 from duet_ray.feedback import make_feedback
 from duet_ray.mixture import draw_mixture, rows_digest
-from duet_ray.records import BASE_TRIAL, Mixture, SampleResult, SampleSpec, trial_name
+from duet_ray.records import Mixture, SampleResult, SampleSpec, trial_name
 from duet_ray.seeds import child_seed
 from duet_ray.selection import load_weights, make_selector, save_weights
 from duet_ray.selection.base import SelectionContext
@@ -73,7 +73,7 @@ class Worker:
 
     @cached_property
     def _domains(self) -> list[Domain]:
-        return [open_domain(Path(folder)) for folder in self._assignment.domain_folders]
+        return [open_domain(Path(folder), index=i) for i, folder in enumerate(self._assignment.domain_folders)]
 
     @cached_property
     def _weights(self) -> list[np.ndarray]:
@@ -222,8 +222,7 @@ def feedback_name(settings: Any) -> str:
 
 
 def sample_folder(study_folder: Path, spec: SampleSpec) -> Path:
-    trial = "base" if spec.trial == BASE_TRIAL else trial_name(spec.trial)
-    return study_folder / "artifacts" / trial / f"s{spec.sample}"
+    return study_folder / "artifacts" / trial_name(spec.trial) / f"s{spec.sample}"
 
 
 def read_result(folder: Path) -> SampleResult | None:
@@ -243,10 +242,6 @@ def leave_result(folder: Path, result: SampleResult) -> SampleResult:
         return earlier
     _write_json(folder / "result.json", result.to_json())
     return result
-
-
-def with_retries(result: SampleResult, n_retries: int) -> SampleResult:
-    return replace(result, n_retries=n_retries)
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -19,9 +19,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from duet_ray.errors import SelectionError
-from duet_ray.likelihood import Batch, collate, length_groups, token_nll
+from duet_ray.likelihood import Batch, autocast, collate, length_groups, token_nll
 from duet_ray.records import TokenRow
-from duet_ray.training.lora import autocast
 
 Vector = list[torch.Tensor]
 """One tensor per LoRA linear, of its weight's shape."""

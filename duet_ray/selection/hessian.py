@@ -25,9 +25,8 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.func import functional_call
 
-from duet_ray.likelihood import Batch
+from duet_ray.likelihood import Batch, autocast
 from duet_ray.selection.gradients import AdaptedModel, OnPair, Rows, Vector, add_to, backward_pairs, trainable
-from duet_ray.training.lora import autocast
 
 OnBatch = Callable[[Batch], OnPair]
 """Makes what is called for every linear of one batch."""

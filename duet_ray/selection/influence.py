@@ -70,8 +70,8 @@ class _Scoring:
     def weights(self) -> RowWeights:
         started = time.perf_counter()
         model, tokenizer = self.context.load_base()
-        epochs = self.settings.epochs or self.context.training.epochs
-        trainer = make_trainer(self.context.training.model_copy(update={"epochs": epochs}), model, tokenizer)
+        own = {name: value for name in ("epochs", "target_modules") if (value := getattr(self.settings, name))}
+        trainer = make_trainer(self.context.training.model_copy(update=own), model, tokenizer)
         try:
             self.fit(trainer)
             pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

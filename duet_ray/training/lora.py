@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 
 from duet_ray.config import TrainingConfig
 from duet_ray.errors import ConfigError, Problem, SampleFailed, StoreError
-from duet_ray.likelihood import collate, token_nll
+from duet_ray.likelihood import autocast, collate, token_nll
 from duet_ray.records import TokenRow
 from duet_ray.training.base import TrainReport
 from duet_ray.training.batches import effective_batches, learning_rate, micro_batch_size, micro_batches
@@ -33,12 +33,6 @@ from duet_ray.training.memory import free_memory, is_out_of_memory
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 """PEFT's layout: what `save` writes and `load` needs."""
-
-
-def autocast(model: torch.nn.Module) -> torch.autocast:
-    """bfloat16 arithmetic where the frozen base is bfloat16; no change otherwise."""
-    weight = next(model.parameters())
-    return torch.autocast(weight.device.type, dtype=torch.bfloat16, enabled=weight.dtype == torch.bfloat16)
 
 
 class LoraTrainer:

@@ -83,7 +83,7 @@ def test_the_direction_is_turned_on_the_way_in(tmp_path: Path) -> None:
         assert store.trials()[0].observation.value == 0.75  # type: ignore[union-attr]
 
 
-def test_a_failed_trial_is_no_observation_and_the_search_goes_on(tmp_path: Path) -> None:
+def test_a_failed_trial_is_no_observation_and_its_ratio_is_avoided(tmp_path: Path) -> None:
     with Store(tmp_path, create=True).writing() as store:
         searcher, proposer = _searcher(store, _config())
         searcher.suggest("a")
@@ -91,7 +91,7 @@ def test_a_failed_trial_is_no_observation_and_the_search_goes_on(tmp_path: Path)
         searcher.suggest("b")
         searcher.on_trial_complete("b", None, error=True)
         searcher.suggest("c")
-        assert proposer.calls[2] == (2, [], [])
+        assert proposer.calls[2] == (2, [], [0, 1])
         assert [(t.status, t.reason) for t in store.trials()] == [
             ("failed", "NaN (2 of 2 samples)"),
             ("failed", "its Tune trial ended without a result"),

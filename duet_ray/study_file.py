@@ -1,0 +1,235 @@
+"""The text of a study file: YAML with the line of every key, overrides, and errors in words a user can act on.
+
+What a study file may hold is said in `config.py`; how it is read, and how a mistake in it is explained, is said here.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from duet_ray.errors import ConfigError, Problem
+
+LATER: Mapping[str, str] = {
+    "search.also": "searching training settings beside the ratio is not built yet: set them under `training`",
+    "search.constraints": "linear constraints over domains are not built yet: use `bounds` on a domain",
+    "search.fidelity": "multi-fidelity search is not built yet",
+    "search.asynchronous": "asynchronous search is not built yet: use `concurrent_trials`",
+    "sampling.racing": "racing is not built yet: every sample runs to its end",
+    "training.fuse": "fused LoRA is not built yet: every sample trains in a process of its own",
+    "store": "only SQLite in the study's folder is built yet: remove `store`",
+}
+"""Keys of later versions: refused with a reason, so that nobody thinks they had an effect."""
+
+PLANNED: Mapping[str, Sequence[str]] = {
+    "selection.method": ("less", "tracin", "remove_harmful", "top_n", "logdet", "coreset", "indicators"),
+    "selection.solver": ("lissa",),
+    "selection.weighting.kind": ("rank",),
+    "training.method": ("full",),
+    "search.acquisition": ("ei", "kg", "thompson"),
+    "search.kernel": ("matern", "ard", "auto", "compositional"),
+    "feedback.kind": ("deferred",),
+}
+"""Values of later versions, by key."""
+
+_SECRET = re.compile(
+    r"(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[0-9A-Z]{16}"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY)"
+)
+
+
+def parse(text: str, file: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """YAML text to plain data, and the line of every path in it."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark else None
+        message = f"not valid YAML: {getattr(error, 'problem', None) or error}"
+        raise ConfigError([Problem(path="", message=message, file=file, line=line)]) from None
+    except RecursionError:
+        raise ConfigError([Problem(path="", message="nested too deeply", file=file)]) from None
+    if not isinstance(data, dict) or not isinstance(node, yaml.MappingNode):
+        raise ConfigError([Problem(path="", message="a study file is a mapping of keys to values", file=file, line=1)])
+    lines: dict[str, int] = {}
+    twice: list[Problem] = []
+    _collect_lines(node, "", file, lines, twice)
+    if twice:
+        raise ConfigError(twice)
+    return data, lines
+
+
+def _collect_lines(node: yaml.Node, path: str, file: str, lines: dict[str, int], twice: list[Problem]) -> None:
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key_node, value_node in node.value:
+            inner = f"{path}.{key_node.value}" if path else str(key_node.value)
+            line = key_node.start_mark.line + 1
+            if inner in seen:
+                twice.append(Problem(path=inner, message="stands twice; keep one", file=file, line=line))
+            seen.add(inner)
+            lines[inner] = line
+            _collect_lines(value_node, inner, file, lines, twice)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            inner = f"{path}[{index}]"
+            lines[inner] = item.start_mark.line + 1
+            _collect_lines(item, inner, file, lines, twice)
+
+
+def line_of(lines: Mapping[str, int], path: str) -> int | None:
+    """The line of a path, or of the nearest path above it that stands in the file."""
+    while path:
+        if path in lines:
+            return lines[path]
+        path = re.sub(r"(\.[^.\[\]]+|\[\d+\]|^[^.\[\]]+)$", "", path)
+    return None
+
+
+def explain(item: Any, data: Any, root: type[BaseModel], kinds: Mapping[str, type[BaseModel]]) -> tuple[str, str]:
+    """One pydantic error as (YAML path, message that says what is wrong and what is right).
+
+    Args:
+        item: from `ValidationError.errors()`.
+        data: what was validated.
+        root: the schema.
+        kinds: the sections that a `kind` chooses between, which pydantic puts into its locations.
+    """
+    location = _real_location(item["loc"], data)
+    where = _join(location)
+    error, given = item["type"], item.get("input")
+    if error == "extra_forbidden":
+        choices = _keys_at(item["loc"][:-1], root, kinds)
+        close = difflib.get_close_matches(str(location[-1]), choices, n=1, cutoff=0.6)
+        hint = f"did you mean `{close[0]}`?" if close else f"known here: {', '.join(sorted(choices))}"
+        return where, f"unknown key; {hint}"
+    if error == "missing":
+        return where, "is required and missing"
+    if error == "union_tag_not_found":
+        return where, f"needs `kind`: one of {', '.join(kinds)}"
+    if error == "union_tag_invalid":
+        return _wrong_choice(f"{where}.kind", item["ctx"]["tag"], f"one of {', '.join(kinds)}", list(kinds))
+    if error in ("literal_error", "enum"):
+        expected = str(item["ctx"]["expected"])
+        return _wrong_choice(where, given, expected, re.findall(r"'([^']*)'", expected))
+    if error == "value_error":
+        message = str(item["ctx"]["error"])
+        named = re.match(r"^([a-z_]+(?:\.[a-z_]+)+): (.*)$", message, re.DOTALL)
+        return (named[1], named[2]) if named else (where, message)
+    message = item["msg"].replace("Input should be", "must be").replace("Input", "it")
+    return where, f"{message}, got {_short(given)}"
+
+
+def _wrong_choice(where: str, given: Any, expected: str, choices: Sequence[str]) -> tuple[str, str]:
+    planned = PLANNED.get(where, ())
+    hint = f" ({given} is planned and not built yet)" if given in planned else _close(given, choices)
+    return where, f"must be {expected}, got {given!r}{hint}"
+
+
+def _close(given: Any, choices: Sequence[str]) -> str:
+    close = difflib.get_close_matches(str(given), choices, n=1, cutoff=0.6)
+    return f"; did you mean `{close[0]}`?" if close else ""
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _real_location(location: Sequence[int | str], data: Any) -> list[int | str]:
+    """Pydantic's location without the tags of unions, which do not stand in the file."""
+    kept: list[int | str] = []
+    for position, part in enumerate(location):
+        last = position == len(location) - 1
+        in_list = isinstance(data, list) and isinstance(part, int) and part < len(data)
+        if in_list or (isinstance(data, Mapping) and part in data):
+            data, keep = data[part], True
+        else:
+            keep = last and isinstance(data, Mapping)
+        if keep:
+            kept.append(part)
+    return kept
+
+
+def _keys_at(location: Sequence[int | str], root: type[BaseModel], kinds: Mapping[str, type[BaseModel]]) -> list[str]:
+    """The keys that the schema knows at a location as pydantic reports it (kinds included)."""
+    model = root
+    for part in location:
+        if part in kinds:
+            model = kinds[str(part)]
+        elif part in model.model_fields:
+            model = _section_of(model.model_fields[str(part)].annotation) or model
+    return list(model.model_fields)
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        if found := _section_of(inner):
+            return found
+    return None
+
+
+def _join(parts: Sequence[int | str]) -> str:
+    text = ""
+    for part in parts:
+        text += f"[{part}]" if isinstance(part, int) else (f".{part}" if text else str(part))
+    return text
+
+
+def leaves(data: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(data, Mapping) and data:
+        for key, value in data.items():
+            yield from leaves(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(data, list) and data:
+        for index, value in enumerate(data):
+            yield from leaves(value, f"{path}[{index}]")
+    else:
+        yield path, data
+
+
+def later_keys(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for path, message in LATER.items():
+        inner: Any = data
+        for part in path.split("."):
+            inner = inner.get(part) if isinstance(inner, Mapping) else None
+        if inner is not None:
+            yield path, message
+
+
+def secrets(data: Any) -> Iterator[tuple[str, str]]:
+    for path, value in leaves(data):
+        if isinstance(value, str) and _SECRET.search(value):
+            yield path, "looks like a secret; take it out and set it in the environment (HF_TOKEN and the like)"
+
+
+def set_value(data: dict[str, Any], override: str) -> None:
+    """Apply one `path=value`."""
+    path, separator, text = override.partition("=")
+    parts: list[int | str] = [int(p[1:-1]) if p.startswith("[") else p for p in re.findall(r"[^.\[\]]+|\[\d+\]", path)]
+    if not separator or not parts:
+        raise ConfigError(f"--set {override}: must be path=value, e.g. --set search.n_trials=20")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from None
+    here: Any = data
+    for position, part in enumerate(parts[:-1]):
+        try:
+            if isinstance(here, dict) and isinstance(part, str):
+                here = here.setdefault(part, {})
+            else:
+                here = here[part]
+        except (KeyError, IndexError, TypeError):
+            raise ConfigError(
+                f"--set {override}: there is no `{_join(parts[: position + 1])}` in the study file"
+            ) from None
+    try:
+        here[parts[-1]] = value
+    except (IndexError, TypeError):
+        raise ConfigError(f"--set {override}: there is no `{path}` in the study file") from None
