@@ -12,12 +12,12 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from duet_ray.errors import ConfigError, Problem
 from duet_ray.records import Direction
@@ -242,21 +242,6 @@ class StudyConfig(Section):
             )
         return domains
 
-    @model_validator(mode="after")
-    def _sound_together(self) -> Self:
-        if self.sampling.min_samples > self.sampling.k:
-            raise ValueError(
-                f"sampling.min_samples: must be <= sampling.k = {self.sampling.k}, got {self.sampling.min_samples}"
-            )
-        micro = self.training.micro_batch_size
-        if micro is not None and (micro > self.training.batch_size or self.training.batch_size % micro):
-            raise ValueError(
-                f"training.micro_batch_size: must divide training.batch_size = {self.training.batch_size}, got {micro}"
-            )
-        if self.selection.method == "influence" and self.data.validation_fraction == 0:
-            raise ValueError("data.validation_fraction: must be > 0 with selection.method: influence, got 0")
-        return self
-
     @property
     def direction(self) -> Direction:
         return self.feedback.direction
@@ -297,6 +282,26 @@ class StudyConfig(Section):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+
+
+def _contradictions(config: StudyConfig) -> Iterator[tuple[str, str]]:
+    """Keys that are sound each, and not together: (path, message)."""
+    sampling, training = config.sampling, config.training
+    if sampling.min_samples > sampling.k:
+        yield "sampling.min_samples", f"must be <= sampling.k = {sampling.k}, got {sampling.min_samples}"
+    micro = training.micro_batch_size
+    if micro is not None and training.batch_size % micro:
+        yield "training.micro_batch_size", f"must divide training.batch_size = {training.batch_size}, got {micro}"
+    if config.selection.method == "influence" and config.data.validation_fraction == 0:
+        yield "data.validation_fraction", "must be > 0 with selection.method: influence, got 0"
+    kinds = [config.feedback, *config.also]
+    for index, feedback in enumerate(kinds):
+        if feedback.kind == "heldout_loss" and feedback.metric == "accuracy":
+            path = "feedback" if index == 0 else f"also[{index - 1}]"
+            if feedback.format != "multiple_choice":
+                yield f"{path}.metric", f"accuracy needs format: multiple_choice, got {feedback.format}"
+            if feedback.direction is not Direction.MAXIMIZE:
+                yield f"{path}.direction", "accuracy is to be maximized, got minimize"
 
 
 MAY_CHANGE: tuple[str, ...] = ("fleet", "storage", "keep_best", "confirm", "sampling.max_retries", "search.n_trials")
@@ -348,6 +353,9 @@ def config_from(
             where, message = explain(item, data, StudyConfig, FEEDBACK_KINDS)
             if where not in later:
                 problems.append(Problem(path=where, message=message, file=file, line=line_of(lines, where)))
+    else:
+        for where, message in _contradictions(config):
+            problems.append(Problem(path=where, message=message, file=file, line=line_of(lines, where)))
     if problems:
         raise ConfigError(sorted(problems, key=lambda p: (p.line or 0, p.path)))
     return config.placed_in(folder)

@@ -61,6 +61,10 @@ class FeedbackError(DuetError):
     """The feedback did not return a usable number."""
 
 
+class NoValueError(FeedbackError):
+    """The feedback worked, and this model has no usable value (NaN, infinite): the model's failure, not the task's."""
+
+
 class SampleFailed(DuetError):
     """One sample failed for a reason of its own (NaN, out of memory twice): final, never retried."""
 

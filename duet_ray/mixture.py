@@ -1,10 +1,12 @@
 """Ratio → row counts → rows: the mixture that a sample is trained on (DUET, Algorithm 2).
 
-A ratio is first split into whole rows by largest remainder, so that the counts sum to M exactly. Each domain's share
-is then drawn by its row weights. Without replacement, the draw gives row i the key E_i / w_i with E_i a standard
-exponential, and takes the smallest keys (Efraimidis & Spirakis 2006; the same law as Gumbel top-k on log w): one pass
-over the weights, exact, and 10,000 of 10 million rows take a fraction of a second. The generator is keyed on
-(root seed, trial, sample, domain), so a mixture depends on nothing but the study file and its place in the study.
+`rows_per_domain` splits any ratio into whole rows by largest remainder, so that the counts sum to M exactly; a study's
+own ratios are whole rows from the start (`records.Ratio`). Each domain's share is drawn by its row weights.
+
+Without replacement, the draw gives row i the key E_i / w_i with E_i a standard exponential, and takes the smallest
+keys (Efraimidis & Spirakis 2006; the same law as Gumbel top-k on log w): one pass over the weights, exact, and 10,000
+of 10 million rows take a fraction of a second. The generator is keyed on (root seed, trial, sample, domain), so a
+mixture depends on nothing but the study file and its place in the study.
 """
 
 import hashlib

@@ -172,11 +172,25 @@ def _weigh_without_model(config: StudyConfig, domains: list[Domain], folder: Pat
 
 
 def _task_digest(config: StudyConfig) -> str | None:
-    """SHA-256 of the task's file, where there is one: another task is another study."""
-    file = getattr(config.feedback, "file", None)
-    if file is None:
+    """SHA-256 of the task's own files, where there are any: another task is another study.
+
+    These are `file`, everything under `tasks_folder`, and the module of `function` where it lies beside the study file.
+    """
+    feedback = config.feedback
+    files: list[Path] = []
+    if feedback.kind == "heldout_loss":
+        files = [config.resolve_path(feedback.file)]
+    elif feedback.kind == "lm_eval" and feedback.tasks_folder is not None:
+        files = sorted(p for p in config.resolve_path(feedback.tasks_folder).rglob("*") if p.is_file())
+    elif feedback.kind == "function":
+        module = config.folder / (feedback.function.split(":")[0].replace(".", "/") + ".py")
+        files = [module] if module.is_file() else []
+    if not files:
         return None
+    digest = hashlib.sha256()
     try:
-        return hashlib.sha256(config.resolve_path(file).read_bytes()).hexdigest()[:16]
+        for file in files:
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
     except OSError as error:
-        raise DuetError(f"feedback.file: {file} cannot be read: {error}") from None
+        raise DuetError(f"feedback: {error.filename} cannot be read: {error.strerror}") from None
+    return digest.hexdigest()[:16]

@@ -21,6 +21,7 @@ from duet_ray.config import StudyConfig, config_from, differences
 from duet_ray.errors import DuetError, StoreError, StudyChanged
 from duet_ray.execution.study_run import Paused, SilentWatcher, StudyRun, Watcher
 from duet_ray.execution.worker import Assignment, load_probabilities, mixture_of
+from duet_ray.mixture import rows_digest
 from duet_ray.preflight import Preflight, preflight
 from duet_ray.records import SampleSpec, Trial
 from duet_ray.report.summary import StudySummary
@@ -119,16 +120,23 @@ class Study:
             DuetError: there is no best sample yet, its adapter is gone, or the folder is not empty.
         """
         from duet_ray.report.export import export_best
+        from duet_ray.report.summary import best_sample
 
         best = self.best()
         assert best.observation is not None
         spec = SampleSpec(trial=best.number, sample=best.observation.best_sample, kind=best.kind, ratio=best.ratio)
-        sample = next(s for s in best.samples if s.spec.sample == spec.sample)
+        sample = best_sample(best)
+        assert sample is not None
         adapter = self.folder / (sample.adapter or "")
         if sample.adapter is None or not adapter.is_dir():
             raise DuetError(f"the adapter of {spec.key} is not at {adapter}; it was moved or deleted")
         ready = preflight(self.config)
+        self._check_inputs(ready)
         mixture = mixture_of(ready.config, spec, load_probabilities(self._assignment(ready), ready.config))
+        if rows_digest(mixture) != sample.rows_digest:
+            raise StudyChanged(
+                f"the rows that {spec.key} was trained on cannot be drawn again: the stored weights have changed since"
+            )
         return export_best(
             self.summary(),
             study_folder=self.folder,
@@ -188,20 +196,26 @@ class Study:
                 f"undo the change, or give the study another name"
             )
 
+    def _check_inputs(self, ready: Preflight) -> None:
+        """Raise `StudyChanged` if the model, the data or the task are not those that the study was started with."""
+        store = Store(self.folder)
+        record = store.study()
+        store.close()
+        known = {name: value for name, value in record.inputs.items() if name != "folder"} if record else {}
+        if known and known != ready.inputs:
+            changed = ", ".join(_changed(known, ready.inputs))
+            raise StudyChanged(
+                f"study {self.config.name} was started with other data: {changed}; "
+                f"put the old data back, or give the study another name"
+            )
+
     def _start(self, store: Store, ready: Preflight) -> None:
         """Write the study's row, or see that the data are still those it was started with."""
-        record = store.study()
         inputs = {**ready.inputs, "folder": str(self.config.folder)}
-        if record is None:
+        if store.study() is None:
             store.create_study(name=self.config.name, config=self.config.model_dump(mode="json"), versions=_versions())
         else:
-            known = {name: value for name, value in record.inputs.items() if name != "folder"}
-            if known and known != ready.inputs:
-                changed = ", ".join(_changed(known, ready.inputs))
-                raise StudyChanged(
-                    f"study {self.config.name} was started with other data: {changed}; "
-                    f"put the old data back, or give the study another name"
-                )
+            self._check_inputs(ready)
         store.update_study(
             config=self.config.model_dump(mode="json"),
             inputs=inputs,
@@ -249,7 +263,7 @@ def _signals_stop(run: StudyRun) -> Iterator[None]:
 def _changed(known: dict[str, Any], now: dict[str, Any]) -> list[str]:
     domains_then, domains_now = known.get("domains", {}), now.get("domains", {})
     parts = [f"domain {name}" for name, mark in domains_now.items() if domains_then.get(name) != mark]
-    parts += ["the task's file"] if known.get("task") != now.get("task") else []
+    parts += ["the task's files"] if known.get("task") != now.get("task") else []
     parts += ["the model"] if known.get("model") != now.get("model") else []
     return parts
 

@@ -86,7 +86,7 @@ def line_of(lines: Mapping[str, int], path: str) -> int | None:
     while path:
         if path in lines:
             return lines[path]
-        path = re.sub(r"(\.[^.\[\]]+|\[\d+\]|^[^.\[\]]+)$", "", path)
+        path = path[: max(path.rfind("."), path.rfind("["), 0)]
     return None
 
 
@@ -117,9 +117,7 @@ def explain(item: Any, data: Any, root: type[BaseModel], kinds: Mapping[str, typ
         expected = str(item["ctx"]["expected"])
         return _wrong_choice(where, given, expected, re.findall(r"'([^']*)'", expected))
     if error == "value_error":
-        message = str(item["ctx"]["error"])
-        named = re.match(r"^([a-z_]+(?:\.[a-z_]+)+): (.*)$", message, re.DOTALL)
-        return (named[1], named[2]) if named else (where, message)
+        return where, str(item["ctx"]["error"])
     message = item["msg"].replace("Input should be", "must be").replace("Input", "it")
     return where, f"{message}, got {_short(given)}"
 

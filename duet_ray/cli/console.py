@@ -39,8 +39,13 @@ def print_json(data: Any) -> None:
 def open_study(place: Path, overrides: list[str] | None = None) -> "Study":
     """A study by its file, or by the folder that `duet run` made."""
     from duet_ray.config import load_config
+    from duet_ray.errors import ConfigError
     from duet_ray.study import Study
 
     if place.is_dir():
+        if overrides:
+            raise ConfigError(
+                f"--set changes a study file, and {place} is a study's folder; give the study file instead"
+            )
         return Study.open(place)
     return Study(load_config(place, overrides or []))

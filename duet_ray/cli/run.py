@@ -1,5 +1,6 @@
 """`duet run`: run a study to its end, or go on with it."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,17 +28,18 @@ def command(
         with watcher:
             summary = opened.run(watcher)
     except (Paused, KeyboardInterrupt):
-        say(f"paused; everything finished is kept. To go on: duet run {_command_line(study, set_)}")
+        say(f"paused; everything finished is kept. To go on: {_command_line('run', study, set_)}")
         sys.exit(130)
     page = opened.write_report()
     if as_json:
         print_json(to_json(summary))
     else:
-        _finish(opened, summary, page, study)
+        _finish(opened, summary, page, study, set_)
 
 
-def _finish(opened: Any, summary: Any, page: Path, study: Path) -> None:
+def _finish(opened: Any, summary: Any, page: Path, study: Path, overrides: list[str] | None) -> None:
     from duet_ray.report.status import trial_table
+    from duet_ray.report.summary import best_sample
     from duet_ray.report.verdict import verdict
 
     err.print(trial_table(summary))
@@ -47,16 +49,22 @@ def _finish(opened: Any, summary: Any, page: Path, study: Path) -> None:
     for sentence in said.sentences:
         say(f"  {sentence}")
     best = opened.best()
-    sample = best.samples[best.observation.best_sample]
+    sample = best_sample(best)
+    assert sample is not None
     say("")
     say(f"report   {page}")
     say(f"adapter  {opened.folder / (sample.adapter or '')}")
     say(f"mixture  {best.ratio.describe(summary.domain_names)}")
+    n_more = max(10, 2 * opened.config.search.n_trials)
+    others = [text for text in overrides or [] if not text.startswith("search.n_trials=")]
     say("")
     say("next:")
-    say(f"  duet export {study} --out best     the adapter and its training rows, ready to load")
-    say(f"  duet run {study} --set search.n_trials={2 * opened.config.search.n_trials or 10}     search on from here")
+    say(f"  {_command_line('export', study, overrides)} --out best")
+    say("      the adapter and the rows it was trained on, ready to load")
+    say(f"  {_command_line('run', study, [*others, f'search.n_trials={n_more}'])}")
+    say("      search on from here")
 
 
-def _command_line(study: Path, overrides: list[str] | None) -> str:
-    return " ".join([str(study), *(f"--set {text}" for text in overrides or [])])
+def _command_line(verb: str, study: Path, overrides: list[str] | None) -> str:
+    """The command to type, quoted for a shell."""
+    return shlex.join(["duet", verb, str(study), *(part for text in overrides or [] for part in ("--set", text))])

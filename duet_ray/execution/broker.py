@@ -3,7 +3,7 @@
 It is the one place that knows which sample is where. A group that comes back under a new incarnation has lost what it
 held: that task alone is leased again, at most `max_retries` times. A result that comes with an old lease is refused, so
 an orphan that finishes late changes nothing. Tasks are leased in the order they came, so that the samples of one trial
-stay together and every trial gets its turn.
+stay together and every trial gets its turn. A group that is silent for too long is taken for lost.
 
 `Broker` is plain Python, tested without Ray; `start_broker` wraps it in an actor.
 """
@@ -15,6 +15,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from duet_ray.records import SampleSpec
+
+SILENCE_SECONDS = 60.0
+"""A group that has not been heard of for this long is lost: its node may be gone without a word."""
+
+START_SECONDS = 900.0
+"""With no group heard of for this long after the start, something is wrong with the cluster, not with a group."""
+
+MAX_BARREN_STARTS = 4
+"""A group that starts this often without finishing a task is not unlucky: it dies while loading, or at its task."""
 
 TaskKind = Literal["sample", "score"]
 
@@ -51,8 +60,6 @@ class _Lease:
     task: Task
     number: int
     group: int
-    incarnation: str
-    since: float
     progress: str = ""
 
 
@@ -73,6 +80,10 @@ class Broker:
         self._finished: list[Outcome] = []
         self._known: set[str] = set()
         self._incarnations: dict[int, str] = {}
+        self._heard: dict[int, float] = {}
+        self._barren_starts: dict[int, int] = {}
+        self._any_ready = False
+        self._started = time.monotonic()
         self._n_leases = 0
         self._closed = False
         self._trouble: str | None = None
@@ -89,9 +100,41 @@ class Broker:
 
     def register(self, group: int, incarnation: str) -> None:
         """A group says that it (re)starts: what it held under another incarnation is leased again."""
-        if self._incarnations.get(group) != incarnation:
-            self._incarnations[group] = incarnation
-            self.group_lost(group)
+        if self._incarnations.get(group) == incarnation:
+            return
+        self._incarnations[group] = incarnation
+        self._heard[group] = time.monotonic()
+        self.group_lost(group)
+        self._barren_starts[group] = self._barren_starts.get(group, 0) + 1
+        if self._barren_starts[group] > MAX_BARREN_STARTS:
+            self.close(
+                f"group {group} started {MAX_BARREN_STARTS} times and died each time before it finished anything; "
+                f"see logs/group-{group}.log in the study's folder. Is there enough memory?"
+            )
+
+    def ready(self, group: int) -> None:
+        """A group has its model in memory."""
+        self._any_ready = True
+
+    def cannot_start(self, group: int, reason: str) -> None:
+        """A group could not load its model: the study's fault if no group ever could, else this group's alone."""
+        if not self._any_ready:
+            self.close(reason)
+
+    def beat(self, group: int) -> None:
+        """A group says that it lives."""
+        self._heard[group] = time.monotonic()
+
+    def sweep(self) -> None:
+        """Take silent groups for lost; to be called now and then."""
+        now = time.monotonic()
+        for group, heard in list(self._heard.items()):
+            if now - heard > SILENCE_SECONDS:
+                self.group_lost(group)
+        if not self._heard and now - self._started > START_SECONDS:
+            self.close(
+                f"no group of the fleet has started within {START_SECONDS / 60:.0f} minutes; is the cluster busy?"
+            )
 
     def group_lost(self, group: int) -> None:
         """A group is gone: its tasks go back to the front of the queue, or fail when their retries are used up."""
@@ -106,7 +149,7 @@ class Broker:
             return "wait", None, 0
         task = self._queue.popleft()
         self._n_leases += 1
-        self._leases[task.key] = _Lease(task, self._n_leases, group, incarnation, time.time())
+        self._leases[task.key] = _Lease(task, self._n_leases, group)
         return "task", task, self._n_leases
 
     def progress(self, key: str, number: int, text: str) -> None:
@@ -122,7 +165,9 @@ class Broker:
         """
         if not self._holds(key, number):
             return False
-        task = self._leases.pop(key).task
+        lease = self._leases.pop(key)
+        task = lease.task
+        self._barren_starts[lease.group] = 0
         self._end(Outcome(task=task, status="done", result=dict(result), n_retries=self._retries.get(key, 0)))
         return True
 
@@ -130,6 +175,14 @@ class Broker:
         """Something broke that is not the sample's fault: lease it again, or fail it when its retries are used up."""
         if self._holds(key, number):
             self._again(self._leases[key], reason)
+
+    def retry_or_close(self, key: str, number: int, reason: str) -> None:
+        """As `retry`, but when the retries are used up the study pauses, and the task is not taken for failed."""
+        if self._holds(key, number):
+            if self._retries.get(key, 0) >= self._max_retries:
+                self.close(f"{reason}. The models are kept: start the same command again when it is mended")
+            else:
+                self._again(self._leases[key], reason)
 
     def close(self, trouble: str | None = None) -> None:
         """No more leases; every task that has not ended is `stopped`, and nothing is recorded for it.

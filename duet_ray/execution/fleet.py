@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from duet_ray.execution.worker import Assignment
 
 log = logging.getLogger(__name__)
 
-MAX_GROUP_RESTARTS = 100
+MAX_GROUP_RESTARTS = 1000
 """Deaths of the infrastructure have a generous bound of their own: see also `sampling.max_retries` for one sample."""
 
 
@@ -41,17 +42,31 @@ def ray_session(config: StudyConfig) -> Iterator[Any]:
         return
     logging.getLogger("ray").setLevel(logging.ERROR)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(address=os.environ["RAY_ADDRESS"], **quiet)
-    else:
-        # Ray turns token authentication on by itself; the token is this run's own and is written to no file.
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        ray.init(address="local", include_dashboard=False, **quiet)
+    with _own_sigterm():
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(address=os.environ["RAY_ADDRESS"], **quiet)
+        else:
+            # Ray turns token authentication on by itself; the token is this run's own and is written to no file.
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+            ray.init(address="local", include_dashboard=False, **quiet)
     try:
         check_resources(config, ray.cluster_resources())
         yield ray
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep our SIGTERM handler: `ray.init` puts its own in its place, which would end the process without a pause."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def check_resources(config: StudyConfig, have: dict[str, float]) -> None:
@@ -121,13 +136,15 @@ class Fleet:
 
     def _run_group(self, group: int) -> None:
         try:
+            reason = "it ended without a word"
             self._trainer(group).fit()
             reason = "it left"
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             if not self._closing:
                 log.error("group %d ended: %s", group, reason)
-        self._ended[group] = reason
+        finally:
+            self._ended[group] = reason
 
     def _trainer(self, group: int) -> Any:
         from ray.train import FailureConfig, RunConfig, ScalingConfig

@@ -5,6 +5,7 @@ group is started once and keeps the base model in memory.
 """
 
 import logging
+import threading
 import time
 import traceback
 import uuid
@@ -12,11 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from duet_ray.errors import DuetError, SelectionError
+from duet_ray.errors import DuetError, FeedbackError, SelectionError
 from duet_ray.execution.broker import Task
 from duet_ray.execution.worker import Assignment, Worker, is_disk_full
 
 log = logging.getLogger(__name__)
+
+BEAT_SECONDS = 5.0
 
 SHORTEST_WAIT, LONGEST_WAIT = 0.02, 0.25
 """Seconds between questions to the broker when there is nothing to do: short at first, longer when idle."""
@@ -37,16 +40,16 @@ def group_loop(settings: dict[str, Any]) -> None:
     broker = ray.get_actor(settings["broker"], namespace=settings["namespace"])
     group, incarnation = settings["group"], uuid.uuid4().hex
     ray.get(broker.register.remote(group, incarnation))
+    threading.Thread(target=_beat, args=(broker, group), daemon=True).start()
     try:
         worker = Worker(Assignment(**settings["assignment"]))
         worker.preload()
-    except DuetError as error:
-        ray.get(broker.close.remote(str(error)))
-        return
     except Exception as error:
         log.exception("group %d cannot start", group)
-        ray.get(broker.close.remote(f"a worker cannot start: {type(error).__name__}: {error}"))
-        return
+        reason = str(error) if isinstance(error, DuetError) else f"{type(error).__name__}: {error}"
+        ray.get(broker.cannot_start.remote(group, f"a worker cannot start: {reason}"))
+        raise
+    ray.get(broker.ready.remote(group))
     log.info("group %d is ready", group)
     wait = SHORTEST_WAIT
     while True:
@@ -81,6 +84,9 @@ def _do(worker: Worker, broker: Any, task: Task, lease: int) -> None:
         log.exception("%s: failed", task.key)
         if is_disk_full(error):
             ray.get(broker.close.remote(f"the disk is full ({error}); make room and start the same command again"))
+        elif isinstance(error, FeedbackError):
+            # No feedback is nobody's failure: the models are kept, and a resume asks again.
+            ray.get(broker.retry_or_close.remote(task.key, lease, f"no feedback: {error}"))
         else:
             place = traceback.extract_tb(error.__traceback__)[-1]
             text = str(error) if isinstance(error, DuetError) else f"{type(error).__name__}: {error}"
@@ -88,6 +94,13 @@ def _do(worker: Worker, broker: Any, task: Task, lease: int) -> None:
             ray.get(broker.retry.remote(task.key, lease, text + where))
     else:
         ray.get(broker.complete.remote(task.key, lease, result))
+
+
+def _beat(broker: Any, group: int) -> None:
+    """Say every few seconds that this process lives, also in the middle of a long task."""
+    while True:
+        broker.beat.remote(group)
+        time.sleep(BEAT_SECONDS)
 
 
 def _progress(broker: Any, key: str, lease: int) -> Callable[[str], None]:

@@ -6,15 +6,17 @@ machine was quicker, and a resumed study proposes what an uninterrupted one woul
 is pickled.
 """
 
-import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ray.tune.search import Searcher
 
 from duet_ray.config import StudyConfig
-from duet_ray.records import Observation, Trial, TrialKind
+from duet_ray.errors import ResourceError
+from duet_ray.records import Trial, TrialKind
+from duet_ray.reduce import failure_reason, reduce_samples
 from duet_ray.search import Proposer, Told
 from duet_ray.store import Store
 
@@ -26,8 +28,11 @@ class StudySearcher(Searcher):
         proposer: makes a ratio from (trial, told, pending).
         store: where trials and observations are read and written.
         on_change: called after a trial was suggested or ended.
-        before_record: called before an observation is recorded, to store the samples it is made of.
-        is_stopped: True once no new trial may start.
+        before_reduce: called before a trial's samples are reduced, to store those that have just ended.
+        is_ending: True once no new trial may start.
+
+    Attributes:
+        error: what went wrong inside a call by Tune, as it was raised.
     """
 
     def __init__(
@@ -37,21 +42,22 @@ class StudySearcher(Searcher):
         store: Store,
         *,
         on_change: Callable[[], None] = lambda: None,
-        before_record: Callable[[], None] = lambda: None,
-        is_stopped: Callable[[], bool] = lambda: False,
+        before_reduce: Callable[[], None] = lambda: None,
+        is_ending: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__()
         self._proposer, self._config, self._store = proposer, config, store
-        self._on_change, self._before_record, self._is_stopped = on_change, before_record, is_stopped
+        self._on_change, self._before_reduce, self._is_ending = on_change, before_reduce, is_ending
+        self.error: BaseException | None = None
         self._running: dict[str, int] = {}
         self._lock = threading.RLock()
 
     def suggest(self, trial_id: str) -> dict[str, Any] | Any:
         """The next trial as a Tune config; None when it must wait for another; FINISHED when all are under way."""
-        with self._lock:
+        with self._lock, self._remembering():
             trials = {t.number: t for t in self._store.trials() if t.kind in ("start", "search")}
             number = self._next(trials)
-            if self._is_stopped() or number is None:
+            if self._is_ending() or number is None:
                 return Searcher.FINISHED
             concurrent = self._config.search.concurrent_trials
             if len(self._running) >= concurrent or not _all_ended(trials, number - concurrent):
@@ -60,29 +66,37 @@ class StudySearcher(Searcher):
                 trials[number] = self._propose(number, trials)
             trial = trials[number]
             assert trial.ratio is not None
+            known = {sample.spec.sample for sample in trial.samples}
             self._running[trial_id] = number
             self._on_change()
             return {
                 "trial": number,
                 "kind": trial.kind,
                 "counts": list(trial.ratio.counts),
-                "known": [sample.to_json() for sample in trial.samples],
+                "missing": [sample for sample in range(self._config.sampling.k) if sample not in known],
             }
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Record the observation, or the failure, of a trial."""
-        with self._lock:
+        """Reduce the samples that the store has to the trial's observation, or its failure.
+
+        Whatever became of the thin Tune trial, a trial with all its samples has an observation; one whose samples did
+        not all end stays pending, and a resume takes it up again.
+        """
+        with self._lock, self._remembering():
             number = self._running.pop(trial_id, None)
             if number is None:
                 return
-            self._before_record()
-            if result is not None and "observation" in result:
-                self._store.add_observation(number, Observation(**json.loads(result["observation"])))
-            elif result is not None and "failed" in result:
-                self._store.fail_trial(number, result["failed"])
-            elif not self._is_stopped() and not (result or {}).get("stopped"):
-                self._store.fail_trial(number, "its Tune trial ended without a result")
-            # Stopped: the trial stays pending, and a resume takes it up again.
+            self._before_reduce()
+            trial = next(t for t in self._store.trials() if t.number == number)
+            sampling = self._config.sampling
+            if len(trial.samples) == sampling.k:
+                observation = reduce_samples(trial.samples, self._config.direction, min_samples=sampling.min_samples)
+                if observation is not None:
+                    self._store.add_observation(number, observation)
+                else:
+                    self._store.fail_trial(number, failure_reason(trial.samples))
+            elif not self._is_ending():
+                raise ResourceError(f"Ray ended trial {trial.name} before its samples; the same command goes on")
             self._on_change()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -94,6 +108,15 @@ class StudySearcher(Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         raise NotImplementedError("a study is resumed from its store, not from Tune's checkpoint")
+
+    @contextmanager
+    def _remembering(self) -> Iterator[None]:
+        """Keep an error as it was: Tune passes it on as text."""
+        try:
+            yield
+        except BaseException as error:
+            self.error = self.error or error
+            raise
 
     def _next(self, trials: dict[int, Trial]) -> int | None:
         """The lowest trial that has neither ended nor is under way."""

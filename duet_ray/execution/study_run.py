@@ -80,7 +80,7 @@ class StudyRun:
     watcher: Watcher = field(default_factory=SilentWatcher)
 
     def __post_init__(self) -> None:
-        self._stop = threading.Event()
+        self._stop, self._ending = threading.Event(), threading.Event()
         self._pump_lock = threading.Lock()
         self._n_pumped = 0
         self._broker: Any = None
@@ -91,10 +91,6 @@ class StudyRun:
         """Ask the run to pause; safe to call from a signal handler."""
         self._stop.set()
 
-    @property
-    def is_stopped(self) -> bool:
-        return self._stop.is_set()
-
     def run(self) -> None:
         """Run to the end.
 
@@ -104,8 +100,10 @@ class StudyRun:
             SelectionError: a domain cannot be scored; the other domains' weights are kept.
             ResourceError: fewer devices than asked for, a full disk, or no group is left.
         """
+        shutil.rmtree(self.config.study_folder / ".ray", ignore_errors=True)  # of drivers that were killed
         self._adopt()
         if self._is_complete():
+            self._fail_if_nothing_observed()
             return
         with self._on_the_fleet():
             self._measure_base_and_score()
@@ -182,6 +180,7 @@ class StudyRun:
             (t := self._trial(n)) is None or t.status == "pending" for n in range(self.config.n_planned_trials)
         )
         if not n_left:
+            self._fail_if_nothing_observed()
             return
         self.watcher.phase("searching")
         searcher = StudySearcher(
@@ -189,20 +188,15 @@ class StudyRun:
             self.config,
             self.store,
             on_change=self._trial_changed,
-            before_record=self._pump,
-            is_stopped=lambda: self.is_stopped,
-        )
-        trainable = partial(
-            run_trial,
-            broker_name=self._broker_name,
-            namespace=NAMESPACE,
-            k=self.config.sampling.k,
-            direction=self.config.direction.value,
-            min_samples=self.config.sampling.min_samples,
+            before_reduce=self._pump,
+            is_ending=self._ending.is_set,
         )
         tuner = tune.Tuner(
             # A sliver of the head node: no CPU that a group waits for, and no empty request, which Tune refuses.
-            tune.with_resources(trainable, {"node:__internal_head__": 0.001}),
+            tune.with_resources(
+                partial(run_trial, broker_name=self._broker_name, namespace=NAMESPACE),
+                {"node:__internal_head__": 0.001},
+            ),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 num_samples=n_left,
@@ -222,7 +216,7 @@ class StudyRun:
             try:
                 tuner.fit()
             except BaseException as error:
-                errors.append(error)
+                errors.append(searcher.error or error)
 
         thread = threading.Thread(target=fit, name="tune", daemon=True)
         thread.start()
@@ -233,11 +227,13 @@ class StudyRun:
         self._check()
         if errors:
             raise errors[0]
-        self._pump()
+        self._fail_if_nothing_observed()
+
+    def _fail_if_nothing_observed(self) -> None:
         trials = [t for t in self.store.trials() if t.kind in ("start", "search")]
-        if trials and all(t.status == "failed" for t in trials):
-            reasons = failure_reason([s for t in trials for s in t.samples]) or trials[0].reason
-            raise StudyFailed(f"every trial failed: {reasons}")
+        if all(t.status == "failed" for t in trials):
+            reason = failure_reason([s for t in trials for s in t.samples]) or trials[0].reason
+            raise StudyFailed(f"every trial failed: {reason}")
 
     def _confirm(self) -> None:
         """Train and measure the finalists and the uniform ratio again, with seeds that no trial has used."""
@@ -294,13 +290,14 @@ class StudyRun:
 
         with self._pump_lock:
             for outcome in ray.get(self._broker.finished_since.remote(self._n_pumped)):
-                self._n_pumped += 1
                 self._record(outcome)
+                self._n_pumped += 1
         if time.monotonic() >= self._next_renewal:
             self._next_renewal = time.monotonic() + RENEW_SECONDS
             self.store.renew()
         for group in self._fleet.ended():
             ray.get(self._broker.group_lost.remote(group))
+        ray.get(self._broker.sweep.remote())
         self.watcher.tick(ray.get(self._broker.in_flight.remote()))
 
     def _record(self, outcome: Outcome) -> None:
@@ -316,23 +313,29 @@ class StudyRun:
 
     @contextmanager
     def _closing_on_trouble(self) -> Iterator[None]:
-        """While waiting: a stop, a full disk or the loss of the last group closes the broker, which ends the wait."""
+        """While waiting: a stop, trouble or the loss of the last group ends the wait, and no new trial starts."""
         import ray
 
         finished = threading.Event()
 
         def watch() -> None:
             while not finished.wait(PUMP_SECONDS):
-                if self._stop.is_set():
-                    ray.get(self._broker.close.remote())
-                elif self._fleet.is_gone:
-                    reasons = "; ".join(sorted(set(self._fleet.ended().values())))
-                    ray.get(self._broker.close.remote(f"no group of the fleet is left: {reasons}"))
+                with suppress(ray.exceptions.RayError):  # Who waits meets the same error, and raises it.
+                    if self._stop.is_set():
+                        ray.get(self._broker.close.remote())
+                    elif self._fleet.is_gone:
+                        reasons = "; ".join(sorted(set(self._fleet.ended().values())))
+                        ray.get(self._broker.close.remote(f"no group of the fleet is left: {reasons}"))
+                    if self._stop.is_set() or ray.get(self._broker.trouble.remote()) is not None:
+                        self._ending.set()
 
         thread = threading.Thread(target=watch, name="watch", daemon=True)
         thread.start()
         try:
             yield
+        except BaseException:
+            self._ending.set()
+            raise
         finally:
             finished.set()
             thread.join()
@@ -374,7 +377,11 @@ class StudyRun:
         self.watcher.changed()
 
     def _prune(self) -> None:
-        """Delete all adapters but the best `keep_best` and those of the finalists' best samples; results stay."""
+        """Delete all adapters but those that may be handed over; results stay.
+
+        Kept are the best `keep_best` samples, and the best sample of every ratio that is, was or will be confirmed.
+        """
+        on_disk = self.store.kept_artifacts()  # Before the trials: a sample stored in between is not judged yet.
         trials = self.store.trials()
         values = {
             (t.number, s.spec.sample): self.config.direction.to_loss(s.value)
@@ -382,13 +389,18 @@ class StudyRun:
             for s in t.samples
             if s.value is not None
         }
-        on_disk = self.store.kept_artifacts()
-        searched = sorted((k for k in on_disk if k[0] < CONFIRM_FIRST and k in values), key=lambda k: (values[k], k))
+        confirmed = {t.number - CONFIRM_FIRST for t in trials if t.kind == "confirm"}
         finalists = best_trials(trials, self.config, max(1, self.config.confirm.finalists))
-        keep = {(t.number, t.observation.best_sample) for t in finalists if t.observation is not None}
+        handed_over = confirmed | {0} | {t.number for t in finalists}
+        keep = {
+            (t.number, t.observation.best_sample)
+            for t in trials
+            if t.number in handed_over and t.observation is not None
+        }
+        searched = sorted((k for k in on_disk if k[0] < CONFIRM_FIRST and k in values), key=lambda k: (values[k], k))
         keep |= set(searched[: self.config.keep_best])
         for key, path in on_disk.items():
-            if key not in keep:
+            if key not in keep and (key in values):
                 shutil.rmtree(self.config.study_folder / path, ignore_errors=True)
                 self.store.drop_artifact(*key)
 

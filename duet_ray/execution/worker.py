@@ -23,7 +23,7 @@ import numpy as np
 
 from duet_ray.config import StudyConfig, config_from
 from duet_ray.domains import Domain, open_domain
-from duet_ray.errors import SampleFailed
+from duet_ray.errors import FeedbackError, NoValueError, SampleFailed, StoreError
 from duet_ray.feedback import make_feedback
 from duet_ray.mixture import draw_mixture, rows_digest
 from duet_ray.records import Mixture, SampleResult, SampleSpec, trial_name
@@ -112,9 +112,7 @@ class Worker:
             seed = child_seed(self._config.seed, "evaluate", max(spec.trial, 0), spec.sample)
             measured = self._feedback.measure(self._trainer.model, self._base[1], seed=seed)
             metrics = dict(measured.metrics)
-            for source, settings in zip(self._also, self._config.also, strict=True):
-                extra = source.measure(self._trainer.model, self._base[1], seed=seed)
-                metrics[settings.name or feedback_name(settings)] = extra.value
+            metrics |= self._measure_also(spec, seed)
             result = SampleResult(
                 spec=spec,
                 value=measured.value,
@@ -127,7 +125,7 @@ class Worker:
                 adapter=str((folder / "adapter").relative_to(self._config.study_folder)) if trained else None,
                 lease=lease,
             )
-        except SampleFailed as error:
+        except (SampleFailed, NoValueError) as error:
             result = SampleResult(spec=spec, value=None, reason=str(error), rows_digest=digest, lease=lease)
         finally:
             # Nothing of this sample may be in the next one, nor in a domain's scores.
@@ -157,15 +155,30 @@ class Worker:
             save_weights(folder, key, weights)
         return {"domain": domain.name}
 
+    def _measure_also(self, spec: SampleSpec, seed: int) -> dict[str, float]:
+        """The measurements that are shown and never told; one that fails is left out, and costs no sample."""
+        metrics = {}
+        for source, settings in zip(self._also, self._config.also, strict=True):
+            name = feedback_name(settings)
+            try:
+                metrics[name] = source.measure(self._trainer.model, self._base[1], seed=seed).value
+            except FeedbackError as error:
+                log.warning("%s: %s is left out: %s", spec.key, name, error)
+        return metrics
+
     def _train(
         self, spec: SampleSpec, mixture: Mixture, digest: str, folder: Path, progress: Progress
     ) -> dict[str, Any]:
         """Train, or take what an earlier worker trained on the very same rows."""
         report = _read_json(folder / "trained.json")
         if report is not None and report.get("rows_digest") == digest and (folder / "adapter").is_dir():
-            log.info("%s was trained already: only its feedback is repeated", spec.key)
-            self._trainer.load(folder / "adapter")
-            return {name: value for name, value in report.items() if name != "rows_digest"}
+            try:
+                self._trainer.load(folder / "adapter")
+            except StoreError as error:
+                log.warning("%s: its adapter is damaged and is trained again: %s", spec.key, error)
+            else:
+                log.info("%s was trained already: only its feedback is repeated", spec.key)
+                return {name: value for name, value in report.items() if name != "rows_digest"}
         shutil.rmtree(folder / "adapter", ignore_errors=True)
         rows = [
             row
@@ -189,13 +202,13 @@ def load_probabilities(assignment: Assignment, config: StudyConfig) -> list[np.n
     """Per domain, the stored row probabilities.
 
     Raises:
-        FileNotFoundError: a domain has not been scored.
+        StoreError: a domain has no stored weights.
     """
     loaded = []
-    for key in assignment.weights_keys:
+    for name, key in zip(config.domain_names, assignment.weights_keys, strict=True):
         weights = load_weights(Path(assignment.weights_folder), key)
         if weights is None or weights.probabilities is None:
-            raise FileNotFoundError(f"no stored weights {key}")
+            raise StoreError(f"domain {name} has no stored weights; `duet score` computes them")
         loaded.append(weights.probabilities)
     return loaded
 
@@ -278,7 +291,10 @@ def _write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+    """Flush every file of a folder, and the folder's own entries, to the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -2,7 +2,7 @@
 
 import math
 
-from duet_ray.errors import FeedbackError
+from duet_ray.errors import FeedbackError, NoValueError
 from duet_ray.records import Feedback
 
 
@@ -13,10 +13,11 @@ def checked(feedback: Feedback, source: str) -> Feedback:
         source: what measured it, for the message.
 
     Raises:
-        FeedbackError: the value is NaN or infinite, or the standard error is not a finite number >= 0.
+        NoValueError: the value is NaN or infinite.
+        FeedbackError: the standard error is not a finite number >= 0.
     """
     if not math.isfinite(feedback.value):
-        raise FeedbackError(f"{source}: the value must be finite, got {feedback.value}")
+        raise NoValueError(f"{source}: the value must be finite, got {feedback.value}")
     if feedback.stderr is not None and not (math.isfinite(feedback.stderr) and feedback.stderr >= 0):
         raise FeedbackError(f"{source}: the standard error must be finite and >= 0, got {feedback.stderr}")
     return feedback

@@ -1,6 +1,7 @@
 """What a study found, for people: it reads a `StudySummary` and writes; it never measures or decides.
 
 - `summary.py`    the dataclasses that everything here reads, and pure functions over them (best, running best, …)
+- `welch.py`      the difference of two means with its 95 % interval
 - `verdict.py`    does the best ratio beat the untouched model and the uniform ratio: numbers first, then words
 - `wording.py`    numbers, times and ratios as text; `palette.py` one look per domain everywhere
 - `figures.py`    the four figures as PNG (matplotlib)

@@ -42,4 +42,5 @@ def read_summary(folder: Path) -> StudySummary:
         started=datetime.fromtimestamp(record.created),
         seconds=record.seconds or None,
         versions=record.versions,
+        feedback_is_random=feedback.kind == "function" or bool(getattr(feedback, "temperature", None)),
     )

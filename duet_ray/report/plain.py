@@ -19,6 +19,7 @@ from duet_ray.report.summary import (
     uniform_trial,
 )
 from duet_ray.report.verdict import Comparison, verdict
+from duet_ray.report.welch import CONFIDENCE
 
 
 def to_json(summary: StudySummary) -> dict[str, Any]:
@@ -31,6 +32,7 @@ def to_json(summary: StudySummary) -> dict[str, Any]:
         "state": state(summary),
         "feedback": summary.feedback_name,
         "direction": summary.direction.value,
+        "feedback_is_random": summary.feedback_is_random,
         "domains": [_domain(summary, i) for i in range(len(summary.domains))],
         "domain_names": list(summary.domain_names),
         "n_rows": summary.n_rows,
@@ -49,6 +51,7 @@ def to_json(summary: StudySummary) -> dict[str, Any]:
             "confirmed": said.confirmed,
             "versus_base": _comparison(said.versus_base),
             "versus_uniform": _comparison(said.versus_uniform),
+            "versus_finalist": _comparison(said.versus_finalist),
         },
         "trials": [_trial(summary, t) for t in summary.trials],
         "started": summary.started.isoformat() if summary.started else None,
@@ -99,7 +102,7 @@ def _measurement(measured: Measurement) -> dict[str, Any]:
     return {
         "values": list(measured.values),
         "mean": measured.mean,
-        "standard_error": measured.standard_error if measured.trained else None,
+        "standard_error": measured.standard_error if measured.n >= 2 else None,
         "n_failed": measured.n_failed,
     }
 
@@ -107,13 +110,17 @@ def _measurement(measured: Measurement) -> dict[str, Any]:
 def _comparison(comparison: Comparison | None) -> dict[str, Any] | None:
     if comparison is None:
         return None
+    test = comparison.test
     return {
         "outcome": comparison.outcome,
         "basis": comparison.basis,
         "best": comparison.best.mean,
         "other": comparison.other.mean,
         "difference": comparison.difference,
-        "standard_error": comparison.standard_error,
+        "standard_error": test.standard_error if test else None,
+        "degrees_of_freedom": test.degrees_of_freedom if test else None,
+        "interval": list(test.interval) if test else None,
+        "confidence": CONFIDENCE if test else None,
     }
 
 

@@ -58,6 +58,8 @@ class StudySummary:
     """Time spent on the study so far."""
     versions: dict[str, str]
     notes: tuple[str, ...] = ()
+    feedback_is_random: bool = False
+    """Whether the feedback may return another value for the same model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,9 @@ class Measurement:
     """At least one, in the user's own direction."""
     n_failed: int = 0
     trained: bool = True
-    """False for the untouched model: there is no training to vary, so one value stands for itself."""
+    """False for the untouched model."""
+    exact: bool = False
+    """Nothing varies, neither a training nor the feedback: one value stands for itself."""
 
     def __post_init__(self) -> None:
         assert self.values, "a measurement has at least one value"
@@ -88,10 +92,10 @@ class Measurement:
 
     @property
     def standard_error(self) -> float | None:
-        """Of the mean: spread / √n; 0 for the untouched model; None for one repeat of a trained one."""
-        if not self.trained:
-            return 0.0
-        return None if self.spread is None else self.spread / math.sqrt(self.n)
+        """Of the mean: spread / √n; for a single value 0 where it is exact, else None: not known."""
+        if self.spread is None:
+            return 0.0 if self.exact else None
+        return self.spread / math.sqrt(self.n)
 
 
 StudyState = Literal["empty", "base_only", "failed", "running", "finished"]
@@ -178,7 +182,7 @@ def base_trial(summary: StudySummary) -> Trial | None:
 def base_measurement(summary: StudySummary) -> Measurement | None:
     """The untouched model's value; None before it is measured or where that failed."""
     trial = base_trial(summary)
-    return measurement_of(trial.samples, trained=False) if trial else None
+    return measurement_of(trial.samples, trained=False, exact=not summary.feedback_is_random) if trial else None
 
 
 def confirmed_name(trial: Trial) -> str:
@@ -192,9 +196,12 @@ def confirmation_of(summary: StudySummary, name: str) -> Measurement | None:
     return measurement_of(samples)
 
 
-def measurement_of(samples: Sequence[SampleResult], *, trained: bool = True) -> Measurement | None:
+def measurement_of(samples: Sequence[SampleResult], *, trained: bool = True, exact: bool = False) -> Measurement | None:
+    """The samples' values as one measurement; None where no sample has a value."""
     values = tuple(s.value for s in samples if s.value is not None)
-    return Measurement(values=values, n_failed=len(samples) - len(values), trained=trained) if values else None
+    if not values:
+        return None
+    return Measurement(values=values, n_failed=len(samples) - len(values), trained=trained, exact=exact)
 
 
 def finalists(summary: StudySummary) -> tuple[tuple[Trial, Measurement], ...]:
@@ -215,13 +222,26 @@ def finalists(summary: StudySummary) -> tuple[tuple[Trial, Measurement], ...]:
 def chosen_trial(summary: StudySummary) -> Trial | None:
     """The trial to take away: the finalist with the best mean of fresh values, else the best observed one.
 
-    Observations are the best of many noisy numbers and flatter whoever was lucky; fresh values do so much less.
+    Where the uniform ratio's fresh mean is better than every finalist's, the uniform ratio is taken: the search found
+    nothing better. Observations are the best of many noisy numbers and flatter whoever was lucky; fresh values do so
+    much less.
     """
-    chosen: tuple[Trial, Measurement] | None = None
+    best = best_finalist(summary)
+    if best is None:
+        return best_trial(summary)
+    uniform = uniform_trial(summary)
+    # Without an observation of its own, the uniform trial has no model to hand over.
+    again = confirmation_of(summary, uniform.name) if uniform and uniform in observed(summary) else None
+    return uniform if again and summary.direction.better(again.mean, best[1].mean) else best[0]
+
+
+def best_finalist(summary: StudySummary) -> tuple[Trial, Measurement] | None:
+    """The finalist with the best mean of fresh values, with these; the earlier of two equal ones."""
+    best: tuple[Trial, Measurement] | None = None
     for trial, again in finalists(summary):
-        if chosen is None or summary.direction.better(again.mean, chosen[1].mean):
-            chosen = (trial, again)
-    return chosen[0] if chosen else best_trial(summary)
+        if best is None or summary.direction.better(again.mean, best[1].mean):
+            best = (trial, again)
+    return best
 
 
 def best_sample(trial: Trial) -> SampleResult | None:

@@ -2,15 +2,11 @@
 
 Two traps stand between a search's best number and the truth. The best of many noisy observations is too good (the
 winner's curse), so the verdict rests on fresh-seed confirmations wherever there are any. And two means of a few
-repeats differ by chance, so the word "beats" is kept for a difference of more than two standard errors,
-
-    |mean_a - mean_b| > 2 · sqrt(s_a² / n_a + s_b² / n_b)      (Welch's unpooled standard error),
-
-with at least two repeats of everything that is trained; anything less is called an indication. The rule is simple on
-purpose: with two or three repeats s is itself rough, and the text says so.
+repeats differ by chance, so the word "beats" is kept for a difference whose 95 % interval (`welch.py`) excludes 0,
+with at least two repeats of everything that varies; anything less is called an indication. Honest intervals from two
+or three repeats are wide: the text says so, and what would narrow them.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +15,7 @@ from duet_ray.report.summary import (
     Measurement,
     StudySummary,
     base_measurement,
+    best_finalist,
     best_trial,
     chosen_trial,
     confirmation_of,
@@ -33,14 +30,14 @@ from duet_ray.report.summary import (
     value_format,
     value_of,
 )
+from duet_ray.report.welch import CONFIDENCE, Welch, welch
 from duet_ray.report.wording import ValueFormat, better_is, plural
 
-MANY_REPEATS = 5
-"""From here on a standard error is solid enough to go without a warning."""
-
 Outcome = Literal["beats", "loses", "unclear", "ahead", "behind", "equal", "same"]
-"""`beats`, `loses`: by more than two standard errors; `unclear`: by less; `ahead`, `behind`, `equal`: an indication
-only; `same`: the best ratio is the uniform one."""
+"""`beats`, `loses`: the 95 % interval excludes 0; `unclear`: it includes 0; `ahead`, `behind`, `equal`: there is no
+interval, so an indication only; `same`: the best ratio is the uniform one."""
+Against = Literal["base", "uniform", "finalist"]
+"""`finalist`: the best of the search's ratios, where the uniform one did better than all of them."""
 Basis = Literal["confirm", "observation"]
 Tone = Literal["good", "mixed", "bad", "open"]
 
@@ -53,19 +50,26 @@ _VERBS: dict[Outcome, str] = {
     "equal": "looks no better than",
     "same": "is",
 }
-_NAMES = {"base": "the untouched model", "uniform": "the uniform ratio"}
+_NAMES: dict[Against, str] = {
+    "base": "the untouched model",
+    "uniform": "the uniform ratio",
+    "finalist": "the best finalist",
+}
+_INTERVAL = f"{100 * CONFIDENCE:.0f} % interval"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """The best ratio against one other thing."""
 
-    against: Literal["base", "uniform"]
+    against: Against
     basis: Basis
     """`confirm`: means over fresh seeds; `observation`: the best of k that the search saw."""
     best: Measurement
     other: Measurement
     outcome: Outcome
+    test: Welch | None = None
+    """The interval of the difference; None where there is none: an observation, or too little was measured."""
 
     @property
     def difference(self) -> float:
@@ -73,9 +77,9 @@ class Comparison:
         return self.best.mean - self.other.mean
 
     @property
-    def standard_error(self) -> float | None:
-        """Of the difference; None where either side is a single repeat or an observation."""
-        return _difference_error(self.best, self.other) if self.basis == "confirm" else None
+    def base_may_vary(self) -> bool:
+        """Against an untouched model whose one value is not the last word: the feedback is random."""
+        return not self.other.trained and self.other.standard_error is None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +94,8 @@ class Verdict:
     best: Trial | None
     versus_base: Comparison | None
     versus_uniform: Comparison | None
+    versus_finalist: Comparison | None
+    """Where the uniform ratio is the best although ratios of the search were measured again: against their best."""
 
 
 def verdict(summary: StudySummary) -> Verdict:
@@ -100,7 +106,8 @@ def verdict(summary: StudySummary) -> Verdict:
     values = value_format(summary)
     again = confirmation_of(summary, best.name)
     base, uniform = _versus_base(summary, best), _versus_uniform(summary, best)
-    comparisons = [c for c in (base, uniform) if c]
+    finalist = _versus_finalist(summary, best)
+    comparisons = [c for c in (base, uniform, finalist) if c]
     sentences = [
         *_progress(summary),
         *(_comparison_sentence(summary, c, values) for c in comparisons if c.outcome != "same"),
@@ -111,33 +118,32 @@ def verdict(summary: StudySummary) -> Verdict:
         headline=_headline(summary, best, base, uniform, confirmed=again is not None),
         sentences=tuple(sentences),
         advice=_advice(summary, base, uniform, confirmed=again is not None),
-        tone=_tone(comparisons, confirmed=again is not None),
+        tone=_tone(
+            comparisons,
+            confirmed=again is not None,
+            uniform_is_best=len(summary.domain_names) > 1 and uniform is not None and uniform.outcome == "same",
+        ),
         confirmed=again is not None,
         best=best,
         versus_base=base,
         versus_uniform=uniform,
+        versus_finalist=finalist,
     )
 
 
 def compare(
-    best: Measurement, other: Measurement, direction: Direction, *, against: Literal["base", "uniform"], basis: Basis
+    best: Measurement, other: Measurement, direction: Direction, *, against: Against, basis: Basis
 ) -> Comparison:
-    """Compare two measurements; only confirmations with a known, non-zero standard error can "beat" or "lose"."""
-    error = _difference_error(best, other) if basis == "confirm" else None
+    """Compare two measurements; only confirmations with an interval of their difference can "beat" or "lose"."""
+    test = welch(best, other) if basis == "confirm" else None
     ahead, behind = direction.better(best.mean, other.mean), direction.better(other.mean, best.mean)
-    if error is None or error == 0:
+    if test is None:
         outcome: Outcome = "ahead" if ahead else "behind" if behind else "equal"
-    elif abs(best.mean - other.mean) <= 2 * error:
+    elif not test.excludes_zero:
         outcome = "unclear"
     else:
         outcome = "beats" if ahead else "loses"
-    return Comparison(against=against, basis=basis, best=best, other=other, outcome=outcome)
-
-
-def _difference_error(a: Measurement, b: Measurement) -> float | None:
-    if a.standard_error is None or b.standard_error is None:
-        return None
-    return math.hypot(a.standard_error, b.standard_error)
+    return Comparison(against=against, basis=basis, best=best, other=other, outcome=outcome, test=test)
 
 
 def _versus_base(summary: StudySummary, best: Trial) -> Comparison | None:
@@ -177,6 +183,14 @@ def _versus_uniform(summary: StudySummary, best: Trial) -> Comparison | None:
     )
 
 
+def _versus_finalist(summary: StudySummary, best: Trial) -> Comparison | None:
+    """The chosen uniform ratio against the best finalist, which it has overtaken."""
+    again, finalist = confirmation_of(summary, best.name), best_finalist(summary)
+    if again is None or finalist is None or finalist[0].ratio == best.ratio or best is not uniform_trial(summary):
+        return None
+    return compare(again, finalist[1], summary.direction, against="finalist", basis="confirm")
+
+
 def _as_measurement(trial: Trial) -> Measurement:
     """An observation as one value, so that it can be compared; it is never more than an indication."""
     return Measurement(values=(value_of(trial),))
@@ -187,10 +201,7 @@ def _headline(
 ) -> str:
     subject = "The best ratio"
     if uniform and uniform.outcome == "same":
-        subject = "The only ratio there is" if len(summary.domain_names) == 1 else "The uniform ratio is the best found"
-        join = " " if len(summary.domain_names) == 1 else "; it "
-        text = f"{subject}{join}{_VERBS[base.outcome]} {_NAMES['base']}" if base else subject
-        return f"{text}{_not_confirmed(summary, confirmed)}."
+        return f"{_uniform_headline(summary, base, confirmed=confirmed)}{_not_confirmed(summary, confirmed)}."
     if base and uniform and base.outcome == uniform.outcome:
         text = f"{subject} {_VERBS[base.outcome]} both {_NAMES['base']} and {_NAMES['uniform']}"
     elif base and uniform:
@@ -205,6 +216,18 @@ def _headline(
     return f"{text}{_not_confirmed(summary, confirmed)}."
 
 
+def _uniform_headline(summary: StudySummary, base: Comparison | None, *, confirmed: bool) -> str:
+    """Where the best ratio is the uniform one, or the only one."""
+    than_base = f"{_VERBS[base.outcome]} {_NAMES['base']}" if base else ""
+    if len(summary.domain_names) == 1:
+        return f"The only ratio there is {than_base}" if base else "There is only one ratio"
+    if not confirmed:
+        return "The uniform ratio is the best found" + (f"; it {than_base}" if base else "")
+    if base and not _good(base):
+        return f"No mixture found beats the uniform ratio, and that one {than_base}"
+    return "No mixture found beats the uniform ratio: take the uniform one" + (f"; it {than_base}" if base else "")
+
+
 def _not_confirmed(summary: StudySummary, confirmed: bool) -> str:
     if confirmed:
         return ""
@@ -215,50 +238,73 @@ def _good(comparison: Comparison) -> bool:
     return comparison.outcome in ("beats", "ahead")
 
 
-def _tone(comparisons: list[Comparison], *, confirmed: bool) -> Tone:
-    outcomes = {c.outcome for c in comparisons if c.outcome != "same"}
+def _tone(comparisons: list[Comparison], *, confirmed: bool, uniform_is_best: bool) -> Tone:
+    """`good` only where the search has paid off against everything; a win of the uniform ratio is mixed at best."""
+    weighed = [c for c in comparisons if c.outcome != "same" and c.against != "finalist"]
+    outcomes = {c.outcome for c in weighed}
     if not confirmed or not outcomes:
         return "open"
+    if any(c.against == "base" and c.outcome in ("loses", "behind") for c in weighed):
+        return "bad"
+    if uniform_is_best:
+        return "mixed"
     if outcomes == {"beats"}:
         return "good"
-    if outcomes <= {"beats", "ahead"}:
-        return "open"
-    return "bad" if any(c.against == "base" and c.outcome in ("loses", "behind") for c in comparisons) else "mixed"
+    return "open" if outcomes <= {"beats", "ahead"} else "mixed"
 
 
 def _comparison_sentence(summary: StudySummary, comparison: Comparison, values: ValueFormat) -> str:
-    """`Against the uniform ratio: heldout_loss 2.11 ± 0.01 (…) against 2.15 ± 0.01 (…); 0.04 lower, …`"""
-    difference, error = comparison.difference, comparison.standard_error
-    side = "lower" if difference < 0 else "higher"
-    by = "no difference" if difference == 0 else f"{values.difference(difference)} {side}"
-    start = f"Against {_NAMES[comparison.against]}: {summary.feedback_name}"
+    """`Against the uniform ratio: heldout_loss 2.11 ± 0.01 (…) against 2.15 ± 0.01 (…); 0.04 lower (…), …`"""
+    by = "no difference" if comparison.difference == 0 else _sided(comparison.difference, values)
+    name = _NAMES[comparison.against]
+    if comparison.against == "finalist" and (finalist := best_finalist(summary)):
+        name = f"{name}, {finalist[0].name}"
+    start = f"Against {name}: {summary.feedback_name}"
     if comparison.basis == "observation":
-        return (
-            f"{start} {values(comparison.best.mean)} against {values(comparison.other.mean)}; {by} "
-            f"({better_is(summary.direction)}), going by the search's own observations."
-        )
-    text = f"{start} {_with_error(comparison.best, values)} against {_with_error(comparison.other, values)}; {by}"
-    return f"{text} ({better_is(summary.direction)}), {_certainty(comparison, error, values)}."
+        text = f"{start} {values(comparison.best.mean)} against {values(comparison.other.mean)}; {by}"
+        certainty = ["going by the search's own observations"]
+    else:
+        text = f"{start} {_with_error(comparison.best, values)} against {_with_error(comparison.other, values)}; {by}"
+        certainty = _certainty(comparison, values)
+    if comparison.base_may_vary:
+        certainty.append(f"{_LOOKS[comparison.outcome]} ({_MEASURED_ONCE})")
+    return f"{text} ({better_is(summary.direction)}), {', '.join(certainty)}."
 
 
-def _certainty(comparison: Comparison, error: float | None, values: ValueFormat) -> str:
-    if error is None:
-        return "from one repeat: treat as an indication"
-    if error == 0:
-        return "but all repeats gave the same value, so their spread says nothing: treat as an indication"
-    size = values.difference(error)
-    if comparison.outcome == "unclear":
-        return f"within twice the standard error of that difference, {size}: it may be chance"
-    return f"more than twice the standard error of that difference, {size}"
+_LOOKS: dict[Outcome, str] = {"ahead": "looks better", "behind": "looks worse", "equal": "looks no better"}
+_MEASURED_ONCE = "the untouched model was measured once, by a feedback that varies"
+
+
+def _certainty(comparison: Comparison, values: ValueFormat) -> list[str]:
+    """How far the difference of two confirmations can be trusted, in pieces of a sentence."""
+    if test := comparison.test:
+        interval = f"{_INTERVAL} {_span(*test.interval, values)}"
+        return [interval if test.excludes_zero else f"{interval}: it includes 0, so this may be chance"]
+    if any(m.trained and m.n == 1 for m in (comparison.best, comparison.other)):
+        return ["from one repeat: treat as an indication"]
+    if comparison.base_may_vary:
+        return []  # said with what it looks like
+    return ["but all repeats gave the same value, so their spread says nothing: treat as an indication"]
+
+
+def _sided(difference: float, values: ValueFormat) -> str:
+    return f"{values.difference(difference)} {'lower' if difference < 0 else 'higher'}"
+
+
+def _span(low: float, high: float, values: ValueFormat) -> str:
+    """`0.123 to 0.397` where both ends are on the side just named, else `0.26 lower to 0.24 higher`."""
+    if low > 0 or high < 0:
+        near, far = sorted((abs(low), abs(high)))
+        return f"{values.difference(near)} to {values.difference(far)}"
+    return f"{_sided(low, values)} to {_sided(high, values)}"
 
 
 def _with_error(measurement: Measurement, values: ValueFormat) -> str:
     mean, error = values(measurement.mean), measurement.standard_error
-    if not measurement.trained:
-        return mean
-    if error is None:
-        return f"{mean} (one fresh repeat)"
-    return f"{mean} ± {values.difference(error)} ({measurement.n} fresh repeats)"
+    if measurement.n == 1:
+        return f"{mean} (one fresh repeat)" if measurement.trained else mean
+    what = "fresh repeats" if measurement.trained else "measurements"
+    return f"{mean} ± {values.difference(error or 0.0)} ({measurement.n} {what})"
 
 
 def _curse_sentence(summary: StudySummary, best: Trial, again: Measurement | None, values: ValueFormat) -> list[str]:
@@ -283,18 +329,8 @@ def _caveats(summary: StudySummary, best: Trial, comparisons: list[Comparison], 
             f"{best.name} is the best of {plural(len(observed(summary)), 'trial')}, and the best of many noisy numbers "
             "is too good: only a measurement with fresh seeds can tell."
         )
-    observed_best = best_trial(summary)
-    if again and observed_best and observed_best is not best:
-        found.append(
-            f"{observed_best.name} had the best observation, but measured again {best.name} has the better mean of the "
-            f"{plural(len(finalists(summary)), 'finalist')}."
-        )
-    repeats = [m.n for c in comparisons if c.basis == "confirm" for m in (c.best, c.other) if m.trained]
-    if repeats and 2 <= min(repeats) < MANY_REPEATS:
-        found.append(
-            f"With {min(repeats)} repeats a side the standard error is itself rough; more of them "
-            "(confirm.repeats) make the verdict firmer."
-        )
+    found += _choice_caveats(summary, best) if again else []
+    found += _width_caveat(comparisons)
     used = best.observation.k_used if best.observation else summary.k
     if used < summary.k:
         found.append(
@@ -302,6 +338,41 @@ def _caveats(summary: StudySummary, best: Trial, comparisons: list[Comparison], 
             "samples is a weaker observation."
         )
     return found
+
+
+def _choice_caveats(summary: StudySummary, best: Trial) -> list[str]:
+    """How the best of the confirmed ratios was chosen, and what that does to its numbers."""
+    found, observed_best, again = [], best_trial(summary), finalists(summary)
+    n_candidates = len(again) + all(best is not trial for trial, _ in again)  # the uniform ratio may win as well
+    if observed_best and observed_best is not best:
+        start = f"{observed_best.name} had the best observation, but"
+        if not confirmation_of(summary, observed_best.name):
+            found.append(f"{start} none of its fresh repeats has a value.")
+        elif best is uniform_trial(summary):
+            found.append(f"{start} measured again the uniform ratio, {best.name}, has the better mean.")
+        else:
+            found.append(
+                f"{start} measured again {best.name} has the better mean of the {plural(len(again), 'finalist')}."
+            )
+    if n_candidates > 1:
+        found.append(
+            f"{best.name} was picked from {n_candidates} ratios on the same fresh values that stand here, so they "
+            "still flatter it a little."
+        )
+    return found
+
+
+def _width_caveat(comparisons: list[Comparison]) -> list[str]:
+    """Why an interval that includes 0 is as wide as it is, and what would narrow it."""
+    unclear = [c for c in comparisons if c.outcome == "unclear"]
+    if not unclear:
+        return []
+    repeats = min(m.n for c in unclear for m in (c.best, c.other) if m.trained)
+    reach = max(c.test.quantile for c in unclear if c.test)
+    return [
+        f"With {repeats} repeats a side an interval reaches {reach:.1f} standard errors each way (2.0 with many): more "
+        "of them (confirm.repeats) would narrow it."
+    ]
 
 
 def _progress(summary: StudySummary) -> list[str]:
@@ -317,10 +388,11 @@ def _progress(summary: StudySummary) -> list[str]:
 
 
 def _advice(summary: StudySummary, base: Comparison | None, uniform: Comparison | None, *, confirmed: bool) -> str:
-    """What to do with it, in one or two sentences."""
+    """What to do with it, in a few sentences; in line with what is handed over, which is the best ratio's model."""
     if base and base.outcome in ("loses", "behind"):
+        hurts = "hurts" if base.outcome == "loses" else "seems to hurt"
         return (
-            "Fine-tuning hurts here: keep the untouched model for this task. Try a lower training.learning_rate, "
+            f"Fine-tuning {hurts} here: keep the untouched model for this task. Try a lower training.learning_rate, "
             "fewer rows (mixture.n_rows) or other domains."
         )
     if not confirmed:
@@ -328,19 +400,44 @@ def _advice(summary: StudySummary, base: Comparison | None, uniform: Comparison 
             "Treat this as an indication: let the study run to its end, with confirm.finalists of at least 1 and "
             "confirm.repeats of at least 2, before you rely on it."
         )
+    if base and base.base_may_vary:
+        return (
+            f"{_ratio_advice(summary, uniform)} Whether fine-tuning helps at all stays an indication: {_MEASURED_ONCE}."
+        )
     if base and base.outcome != "beats":
-        return "It is not clear that fine-tuning helps here: confirm with more repeats (confirm.repeats) before you do."
-    if uniform and uniform.outcome == "beats":
-        return "Use the best ratio: train on it, or take its adapter as it is."
-    if uniform and uniform.outcome == "same" and len(summary.domain_names) == 1:
+        return (
+            "It is not clear that fine-tuning helps here: more repeats (confirm.repeats) would narrow the "
+            f"{_INTERVAL}. {_ratio_advice(summary, uniform)}"
+        )
+    return _ratio_advice(summary, uniform)
+
+
+def _ratio_advice(summary: StudySummary, uniform: Comparison | None) -> str:
+    """Which ratio to take, given that one wants to fine-tune."""
+    if len(summary.domain_names) == 1:
         return "With one domain there is no ratio to choose; add domains to give the search something to find."
-    if uniform and uniform.outcome in ("loses", "behind"):
-        return "Use the uniform ratio: it did better when both were measured again. More trials may find a better one."
-    if uniform and uniform.outcome == "ahead":
-        return "The best ratio is the better bet; confirm.repeats of 2 or more would settle it."
+    if uniform is None:
+        return "Use the best ratio; there is no uniform one to compare it with."
+    if uniform.outcome == "same":
+        return (
+            "Use the uniform ratio: the search found nothing better. More trials (search.n_trials) or more samples a "
+            "ratio (sampling.k) may still do."
+        )
+    if uniform.outcome == "beats":
+        return "Use the best ratio: train on it, or take its adapter as it is."
+    if uniform.outcome in ("loses", "behind"):
+        return (
+            "Use the uniform ratio: it did better when both were measured again. Its own trial has no value, so there "
+            "is no model of it to hand over: train one on it."
+        )
+    if uniform.basis == "observation":
+        return "The best ratio is the better bet, but the uniform one was not measured again: nothing is sure yet."
+    if uniform.outcome == "ahead":
+        return "The best ratio is the better bet; more repeats (confirm.repeats) would settle it."
     return (
-        "The uniform ratio is the simpler choice as long as nothing beats it. More trials (search.n_trials), more "
-        "samples a ratio (sampling.k) or more repeats (confirm.repeats) can still tell them apart."
+        "Take the best ratio, but do not count on a gain over the uniform one, which is the simpler choice. More "
+        "repeats (confirm.repeats), more trials (search.n_trials) or more samples a ratio (sampling.k) can still tell "
+        "them apart."
     )
 
 
@@ -372,6 +469,7 @@ def _without_observation(summary: StudySummary) -> Verdict:
         best=None,
         versus_base=None,
         versus_uniform=None,
+        versus_finalist=None,
     )
 
 

@@ -12,8 +12,8 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -205,12 +205,7 @@ class Store:
         """Record a trial's observation and mark the trial done, in one transaction."""
         with self._write() as connection:
             try:
-                connection.execute(
-                    insert(schema.observation).values(
-                        trial=number, value=observation.value, sem=observation.sem, k=observation.k,
-                        k_used=observation.k_used, best_sample=observation.best_sample,
-                    )
-                )  # fmt: skip
+                connection.execute(insert(schema.observation).values(trial=number, **asdict(observation)))
             except IntegrityError:
                 raise StoreError(f"trial {trial_name(number)} has an observation already") from None
             connection.execute(update(schema.trial).where(schema.trial.c.number == number).values(status="done"))
@@ -257,9 +252,7 @@ class Store:
             for row in samples:
                 by_trial.setdefault(row["trial"], []).append(SampleResult.from_json(row["result"]))
             observations = {
-                row["trial"]: Observation(
-                    value=row["value"], sem=row["sem"], k=row["k"], k_used=row["k_used"], best_sample=row["best_sample"]
-                )
+                row["trial"]: Observation(**{name: row[name] for name in Observation.__dataclass_fields__})
                 for row in connection.execute(select(schema.observation)).mappings()
             }
         return [
@@ -284,7 +277,8 @@ class Store:
 
     @contextmanager
     def _read(self) -> Iterator[Connection]:
-        with self._lock, self._engine.connect() as connection:
+        """One snapshot: what is read together was true together."""
+        with self._lock, _transaction(self._engine, "BEGIN") as connection:
             yield connection
 
 
@@ -305,23 +299,22 @@ def _engine(path: Path) -> Engine:
 
 
 @contextmanager
-def _transaction(engine: Engine) -> Iterator[Connection]:
-    """A transaction that takes SQLite's write lock at its start, so that what it reads cannot change under it."""
+def _transaction(engine: Engine, begin: str = "BEGIN IMMEDIATE") -> Iterator[Connection]:
+    """One transaction. `BEGIN IMMEDIATE` takes SQLite's write lock, so that what it reads cannot change under it."""
     with engine.connect() as connection:
         try:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            connection.exec_driver_sql(begin)
+            try:
+                yield connection
+                connection.exec_driver_sql("COMMIT")
+            except BaseException:
+                # SQLite may have rolled back by itself, on a full disk for one.
+                with suppress(OperationalError):
+                    connection.exec_driver_sql("ROLLBACK")
+                raise
         except OperationalError as error:
-            raise StoreError(f"{engine.url.database}: cannot be written: {error.orig}") from None
-        try:
-            yield connection
-        except BaseException:
-            connection.exec_driver_sql("ROLLBACK")
-            raise
-        try:
-            connection.exec_driver_sql("COMMIT")
-        except OperationalError as error:
-            connection.exec_driver_sql("ROLLBACK")
-            raise StoreError(f"{engine.url.database}: cannot be written: {error.orig}") from None
+            advice = "; make room and start the same command again" if "full" in str(error.orig) else ""
+            raise StoreError(f"{engine.url.database}: cannot be used: {error.orig}{advice}") from error
 
 
 def _alive(row: Mapping[str, Any]) -> bool:

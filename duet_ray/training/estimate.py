@@ -2,15 +2,14 @@
 
 The model is built on the meta device (shapes, no numbers), so that even a 70B model is counted in seconds. The estimate
 is the sum of what is certain (weights, adapters with their gradients and Adam states) and of what is a rule of thumb
-(activations), and is meant to tell "fits easily" from "does not fit", not to be exact.
+(activations), and is meant to tell "fits easily" from "does not fit", not to be exact. Importing this module loads neither torch nor
+transformers, since every command does.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from duet_ray.config import StudyConfig
 from duet_ray.errors import ConfigError, Problem
@@ -49,6 +48,8 @@ def estimate_memory(config: StudyConfig) -> MemoryEstimate:
     Raises:
         ConfigError: the model's configuration cannot be read, or no layer matches `training.target_modules`.
     """
+    import torch
+
     model, about = _empty_model(config)
     training = config.training
     n_parameters = sum(p.numel() for p in model.parameters())
@@ -81,6 +82,8 @@ def estimate_memory(config: StudyConfig) -> MemoryEstimate:
 
 def memory_problem(config: StudyConfig, estimate: MemoryEstimate) -> str | None:
     """What does not fit on this machine, with the first setting to change; None when it fits or is not known."""
+    import torch
+
     if config.fleet.gpus_per_worker > 0:
         if not torch.cuda.is_available():
             return None  # The GPUs are on other nodes.
@@ -111,6 +114,9 @@ def resolved_micro_batch(batch_size: int) -> int:
 
 
 def _empty_model(config: StudyConfig) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     try:
         about = AutoConfig.from_pretrained(
             config.model_path, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code

@@ -1,6 +1,10 @@
 """Leases, retries and outcomes, without Ray."""
 
-from duet_ray.execution.broker import Broker, Task
+import time
+
+import pytest
+
+from duet_ray.execution.broker import MAX_BARREN_STARTS, SILENCE_SECONDS, START_SECONDS, Broker, Task
 
 
 def _broker(*keys: str, max_retries: int = 1) -> Broker:
@@ -94,3 +98,69 @@ def test_the_driver_reads_each_outcome_once() -> None:
     assert [o.task.key for o in broker.finished_since(0)] == ["x", "y"]
     assert [o.task.key for o in broker.finished_since(1)] == ["y"]
     assert broker.in_flight() == {}
+
+
+def test_a_silent_group_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    broker = _broker("x")
+    key, number = _lease(broker, 0)
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + SILENCE_SECONDS - 1)
+    broker.sweep()
+    assert broker.in_flight(), "not yet"
+    broker.beat(0)
+    monkeypatch.setattr(time, "monotonic", lambda: now + 2 * SILENCE_SECONDS - 2)
+    broker.sweep()
+    assert broker.in_flight(), "it was heard of"
+    monkeypatch.setattr(time, "monotonic", lambda: now + 3 * SILENCE_SECONDS)
+    broker.sweep()
+    assert not broker.in_flight()
+    assert not broker.complete(key, number, {})
+    assert _lease(broker, 1)[0] == "x"
+
+
+def test_no_group_ever_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    broker = _broker("x")
+    broker.sweep()
+    assert broker.trouble() is None
+    later = time.monotonic() + START_SECONDS + 1
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    broker.sweep()
+    assert "no group of the fleet has started within 15 minutes" in (broker.trouble() or "")
+
+
+def test_a_group_that_dies_at_every_start_is_named() -> None:
+    broker = _broker("x", max_retries=100)
+    for life in range(MAX_BARREN_STARTS):
+        _lease(broker, 3, f"life {life}")
+    assert broker.trouble() is None
+    broker.register(3, "once more")
+    assert "group 3 started 4 times and died each time before it finished anything" in (broker.trouble() or "")
+
+
+def test_a_group_that_finishes_things_may_die_often() -> None:
+    broker = _broker(*"abcdefghij", max_retries=100)
+    for life in range(10):
+        key, number = _lease(broker, 0, f"life {life}")
+        assert broker.complete(key, number, {})
+    assert broker.trouble() is None
+
+
+def test_a_model_that_no_group_can_load_ends_the_study_and_one_bad_restart_does_not() -> None:
+    first = _broker("x")
+    first.cannot_start(0, "no such model")
+    assert first.trouble() == "no such model"
+    second = _broker("x")
+    second.ready(1)
+    second.cannot_start(0, "out of memory")
+    assert second.trouble() is None
+
+
+def test_no_feedback_pauses_the_study_and_fails_no_sample() -> None:
+    broker = _broker("x", max_retries=1)
+    for _ in range(2):
+        key, number = _lease(broker)
+        broker.retry_or_close(key, number, "no feedback: the service is away")
+    outcomes = broker.outcomes(["x"])
+    assert outcomes is not None
+    assert outcomes[0].status == "stopped"
+    assert (broker.trouble() or "").startswith("no feedback: the service is away. The models are kept")

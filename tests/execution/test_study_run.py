@@ -133,8 +133,13 @@ def test_a_study_runs_to_its_end(calm: Path) -> None:
 def test_what_a_study_leaves_behind(calm: Path) -> None:
     folder = calm.parent / "studies" / "toy"
     adapters = sorted(str(p.relative_to(folder / "artifacts")) for p in folder.glob("artifacts/*/*/adapter"))
-    values = sorted((s.value, t.name, s.spec.sample) for t in trials_of(calm)[1:6] for s in t.samples if s.value)
-    assert adapters == sorted(f"{name}/s{sample}/adapter" for _, name, sample in values[:2]), "keep_best: 2"
+    searched = trials_of(calm)[1:6]
+    values = sorted((s.value, t.name, s.spec.sample) for t in searched for s in t.samples if s.value)
+    kept = {f"{name}/s{sample}/adapter" for _, name, sample in values[:2]}
+    uniform = searched[0].observation
+    assert uniform is not None
+    kept.add(f"t0000/s{uniform.best_sample}/adapter")
+    assert set(adapters) == kept, "keep_best: 2, and the uniform ratio's best"
     assert not list((folder / ".ray").glob("*")), "Ray's own files are gone"
     assert (folder / "report.html").is_file()
     assert not [p for p in folder.rglob("*") if p.suffix in (".pkl", ".pickle", ".pt", ".bin")]
@@ -189,7 +194,8 @@ def test_a_worker_is_killed(calm: Path, tmp_path: Path) -> None:
     assert "was trained already: only its feedback is repeated" in log
 
 
-def test_ctrl_c_pauses_and_says_how_to_go_on(calm: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_signal_pauses_and_the_same_command_goes_on(calm: Path, tmp_path: Path, number: signal.Signals) -> None:
     study = write_study(tmp_path)
     (tmp_path / "hold-at").write_text("5")
     first = start(study)
@@ -199,7 +205,7 @@ def test_ctrl_c_pauses_and_says_how_to_go_on(calm: Path, tmp_path: Path) -> None
     assert code == 1
     assert f"study toy is already run by process {first.pid} on " in output
     children = psutil.Process(first.pid).children(recursive=True)
-    first.send_signal(signal.SIGINT)
+    first.send_signal(number)
     code, output = finish(first, 120)
     assert code == 130, output
     assert f"To go on: duet run {study}" in output
@@ -221,6 +227,10 @@ def test_every_sample_fails(tmp_path: Path) -> None:
     trials = trials_of(study)
     assert [t.status for t in trials] == ["done", "failed", "failed", "failed"]
     assert all(s.value is None and s.reason for t in trials[1:] for s in t.samples)
+    code, again = finish(start(study))
+    assert code == 1
+    assert "error: every trial failed: " in again
+    assert "starting Ray" not in again
 
 
 def test_the_base_cannot_be_measured(tmp_path: Path) -> None:
@@ -235,6 +245,34 @@ def test_the_base_cannot_be_measured(tmp_path: Path) -> None:
     code, again = finish(start(study))
     assert code == 1
     assert "nothing was trained" in again
+
+
+def test_the_feedback_goes_away_and_comes_back(calm: Path, tmp_path: Path) -> None:
+    """No feedback is nobody's failure: the study pauses, the models are kept, and the same command asks again."""
+    study = write_study(tmp_path)
+    data = toy_data(feedback={"kind": "function", "function": "rating:rate", "direction": "minimize"})
+    write_study_file(tmp_path, {**data, "search": {"n_start": 2, "n_trials": 0}, "confirm": {"finalists": 0}})
+    (tmp_path / "rating.py").write_text(
+        "from pathlib import Path\n"
+        "def rate(model, tokenizer):\n"
+        "    calls = Path(__file__).with_name('calls')\n"
+        "    calls.write_text(calls.read_text() + 'x' if calls.exists() else 'x')\n"
+        "    if len(calls.read_text()) >= 4 and not Path(__file__).with_name('back').exists():\n"
+        "        raise ConnectionError('the rating service is away')\n"
+        "    return 1.0\n"
+    )
+    code, output = finish(start(study))
+    assert code == 1
+    assert "no feedback: " in output
+    assert "the rating service is away" in output
+    assert "start the same command again when it is mended" in output
+    assert [t.status for t in trials_of(study)] == ["done", "done", "pending"]
+    trained = {p: p.stat().st_mtime_ns for p in tmp_path.glob("studies/toy/artifacts/*/*/trained.json")}
+    (tmp_path / "back").touch()
+    code, output = finish(start(study))
+    assert code == 0, output
+    assert [t.status for t in trials_of(study)] == ["done", "done", "done"]
+    assert {p: p.stat().st_mtime_ns for p in trained} == trained
 
 
 def test_more_than_there_is(tmp_path: Path) -> None:
