@@ -198,7 +198,7 @@ class FleetConfig(Section):
 
 class ConfirmConfig(Section):
     finalists: int = Field(1, ge=0, description="best ratios to train and measure again; 0 = none")
-    repeats: int = Field(2, ge=1, description="fresh seeds per finalist")
+    repeats: int = Field(3, ge=1, description="fresh seeds per finalist")
 
 
 class StudyConfig(Section):

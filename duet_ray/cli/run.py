@@ -48,6 +48,7 @@ def _finish(opened: Any, summary: Any, page: Path, study: Path, overrides: list[
     say(said.headline)
     for sentence in said.sentences:
         say(f"  {sentence}")
+    say(said.advice)
     best = opened.best()
     sample = best_sample(best)
     assert sample is not None

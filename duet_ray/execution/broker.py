@@ -121,9 +121,10 @@ class Broker:
         if not self._any_ready:
             self.close(reason)
 
-    def beat(self, group: int) -> None:
-        """A group says that it lives."""
+    def beat(self, group: int) -> bool:
+        """A group says that it lives, and hears whether the study has been stopped."""
         self._heard[group] = time.monotonic()
+        return self._closed
 
     def sweep(self) -> None:
         """Take silent groups for lost; to be called now and then."""

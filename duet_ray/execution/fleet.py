@@ -118,9 +118,10 @@ class Fleet:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # Groups leave when the broker is closed; one that is in the middle of a task ends with Ray itself.
+        # Groups leave when the broker is closed. Their threads must be out of Ray before Ray is shut down, or Ray ends
+        # the whole process; one that is stuck in foreign code is not waited for without end.
         self._closing = True
-        deadline = time.monotonic() + 4
+        deadline = time.monotonic() + 30
         for thread in self._threads:
             thread.join(timeout=max(0.0, deadline - time.monotonic()))
         shutil.rmtree(self._scratch, ignore_errors=True)

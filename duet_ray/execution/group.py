@@ -4,12 +4,14 @@ Starting a worker group takes longer than training a small sample (process, impo
 group is started once and keeps the base model in memory.
 """
 
+import ctypes
 import logging
 import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,14 @@ from duet_ray.execution.worker import Assignment, Worker, is_disk_full
 
 log = logging.getLogger(__name__)
 
-BEAT_SECONDS = 5.0
+BEAT_SECONDS = 1.0
 
 SHORTEST_WAIT, LONGEST_WAIT = 0.02, 0.25
 """Seconds between questions to the broker when there is nothing to do: short at first, longer when idle."""
+
+
+class Stopped(BaseException):
+    """The study was stopped in the middle of a task. Not an `Exception`, so that no feedback takes it for its own."""
 
 
 def group_loop(settings: dict[str, Any]) -> None:
@@ -40,9 +46,21 @@ def group_loop(settings: dict[str, Any]) -> None:
     broker = ray.get_actor(settings["broker"], namespace=settings["namespace"])
     group, incarnation = settings["group"], uuid.uuid4().hex
     ray.get(broker.register.remote(group, incarnation))
-    threading.Thread(target=_beat, args=(broker, group), daemon=True).start()
+    with _heartbeat(broker, group) as life:
+        try:
+            _work(broker, group, incarnation, Assignment(**settings["assignment"]))
+        except Stopped:
+            log.info("group %d is stopped", group)
+        finally:
+            life.end()
+
+
+def _work(broker: Any, group: int, incarnation: str, assignment: Assignment) -> None:
+    """Load the model, and do tasks until there are no more."""
+    import ray
+
     try:
-        worker = Worker(Assignment(**settings["assignment"]))
+        worker = Worker(assignment)
         worker.preload()
     except Exception as error:
         log.exception("group %d cannot start", group)
@@ -96,11 +114,53 @@ def _do(worker: Worker, broker: Any, task: Task, lease: int) -> None:
         ray.get(broker.complete.remote(task.key, lease, result))
 
 
-def _beat(broker: Any, group: int) -> None:
-    """Say every few seconds that this process lives, also in the middle of a long task."""
-    while True:
-        broker.beat.remote(group)
-        time.sleep(BEAT_SECONDS)
+class _Life:
+    """Whether the loop still runs; after `end` it is not interrupted any more."""
+
+    def __init__(self) -> None:
+        self._thread = threading.get_ident()
+        self._lock = threading.Lock()
+        self._ended = False
+
+    def interrupt(self) -> None:
+        """Raise `Stopped` in the loop's thread, at its next step in Python."""
+        with self._lock:
+            if not self._ended:
+                self._ended = True
+                set_exception = ctypes.pythonapi.PyThreadState_SetAsyncExc
+                set_exception(ctypes.c_ulong(self._thread), ctypes.py_object(Stopped))
+
+    def end(self) -> None:
+        with self._lock:
+            self._ended = True
+
+
+@contextmanager
+def _heartbeat(broker: Any, group: int) -> Iterator[_Life]:
+    """Tell the broker every few seconds that this process lives, also in the middle of a long task.
+
+    The answer says whether the study has been stopped: then the task under way is interrupted, for it is lost anyway,
+    and a driver that waited for it would seem to hang.
+    """
+    import ray
+
+    life, finished = _Life(), threading.Event()
+
+    def beat() -> None:
+        while not finished.wait(BEAT_SECONDS):
+            try:
+                is_closed = ray.get(broker.beat.remote(group))
+            except ray.exceptions.RayError:
+                is_closed = True  # The driver is gone, and the broker with it.
+            if is_closed:
+                life.interrupt()
+                return
+
+    threading.Thread(target=beat, daemon=True, name="heartbeat").start()
+    try:
+        yield life
+    finally:
+        finished.set()
 
 
 def _progress(broker: Any, key: str, lease: int) -> Callable[[str], None]:

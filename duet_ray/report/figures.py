@@ -282,7 +282,7 @@ def _measured_row(
         return
     if error:
         axes.errorbar(mean, y, xerr=error, color=colour, lw=2, capsize=5, capthick=2, zorder=4)
-    if measured.trained:
+    if measured.trained or measured.n > 1:
         dots = np.clip(measured.values, *limits)
         axes.scatter(
             dots, [y - 0.2] * measured.n, s=34, facecolors="white", edgecolors=colour, linewidths=1.5, zorder=3
@@ -306,9 +306,10 @@ def _confirm_rows(summary: StudySummary) -> list[tuple[str, Measurement, float |
             continue
         is_best = best is not None and name == best.name
         is_uniform = uniform is not None and name == uniform.name
-        label = f"best ratio ({name})" if is_best else f"uniform ratio ({name})" if is_uniform else f"finalist {name}"
+        label = f"uniform ratio ({name})" if is_uniform else f"best ratio ({name})" if is_best else f"finalist {name}"
+        label += ", the best" if is_best and is_uniform else ""
         seen = value_of(trial) if trial and trial.observation else None
-        rows.append((label, again, seen, _SEARCH if is_best else UNIFORM if is_uniform else _START))
+        rows.append((label, again, seen, UNIFORM if is_uniform else _SEARCH if is_best else _START))
     return rows
 
 

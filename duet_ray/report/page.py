@@ -141,6 +141,7 @@ def _context(summary: StudySummary) -> dict[str, Any]:
         "state": _STATES[state(summary)],
         "facts": _facts(summary),
         "best": best,
+        "best_is_uniform": best is not None and best is uniform_trial(summary),
         "best_ratio": ratio_text(best.ratio, summary.domain_names) if best and best.ratio else "",
         "best_value": values(sample.value) if sample and sample.value is not None else "",
         "shares": _shares(summary, best.ratio) if best and best.ratio else [],
@@ -250,8 +251,9 @@ def _beside(summary: StudySummary, best: Trial | None) -> dict[str, Any] | None:
     columns = [
         ("untouched model", metric_means(base.samples) if base else {}),
         ("uniform ratio", metric_means(_measured_last(summary, uniform)) if uniform else {}),
-        ("best ratio", metric_means(_measured_last(summary, best)) if best else {}),
     ]
+    if best is not uniform:
+        columns.append(("best ratio", metric_means(_measured_last(summary, best)) if best else {}))
     names = list(dict.fromkeys(name for _, means in columns for name in means))
     if not names:
         return None

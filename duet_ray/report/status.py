@@ -20,7 +20,8 @@ from duet_ray.report.palette import domain_look
 from duet_ray.report.summary import (
     StudySummary,
     base_measurement,
-    best_trial,
+    chosen_trial,
+    confirmation_of,
     confirmed_name,
     failure_reasons,
     measurement_of,
@@ -89,7 +90,7 @@ def trial_table(
     """
     active = dict(in_flight or {})
     values = value_format(summary)
-    best = best_trial(summary)
+    best = chosen_trial(summary)
     best_at = {t.number: b for t, b in running_best(summary)}
     shown = _shown(summary, best, max_rows)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
@@ -252,9 +253,13 @@ def _footer(
 ) -> list[RenderableType]:
     lines: list[RenderableType] = []
     if best and best.ratio:
-        lines.append(
-            Text(f"best so far: {best.name} {values(value_of(best))}, {ratio_text(best.ratio, summary.domain_names)}")
+        again = confirmation_of(summary, best.name)
+        said = (
+            f"to take: {best.name}, mean {values(again.mean)} with fresh seeds"
+            if again
+            else (f"best so far: {best.name} {values(value_of(best))}")
         )
+        lines.append(Text(f"{said}, {ratio_text(best.ratio, summary.domain_names)}"))
     base, uniform = base_measurement(summary), uniform_trial(summary)
     facts = [f"{n_ended(summary)} of {plural(summary.n_planned, 'trial')}"]
     if base:

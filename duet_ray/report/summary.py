@@ -226,7 +226,7 @@ def chosen_trial(summary: StudySummary) -> Trial | None:
     nothing better. Observations are the best of many noisy numbers and flatter whoever was lucky; fresh values do so
     much less.
     """
-    best = best_finalist(summary)
+    best = best_measured(finalists(summary), summary.direction)
     if best is None:
         return best_trial(summary)
     uniform = uniform_trial(summary)
@@ -235,11 +235,13 @@ def chosen_trial(summary: StudySummary) -> Trial | None:
     return uniform if again and summary.direction.better(again.mean, best[1].mean) else best[0]
 
 
-def best_finalist(summary: StudySummary) -> tuple[Trial, Measurement] | None:
-    """The finalist with the best mean of fresh values, with these; the earlier of two equal ones."""
+def best_measured(
+    measured: Iterable[tuple[Trial, Measurement]], direction: Direction
+) -> tuple[Trial, Measurement] | None:
+    """The trial with the best mean of fresh values, with these; the earlier of two equal ones; None of none."""
     best: tuple[Trial, Measurement] | None = None
-    for trial, again in finalists(summary):
-        if best is None or summary.direction.better(again.mean, best[1].mean):
+    for trial, again in measured:
+        if best is None or direction.better(again.mean, best[1].mean):
             best = (trial, again)
     return best
 

@@ -15,7 +15,7 @@ from duet_ray.report.summary import (
     Measurement,
     StudySummary,
     base_measurement,
-    best_finalist,
+    best_measured,
     best_trial,
     chosen_trial,
     confirmation_of,
@@ -55,6 +55,8 @@ _NAMES: dict[Against, str] = {
     "uniform": "the uniform ratio",
     "finalist": "the best finalist",
 }
+FEW_REPEATS_REACH = 2.3
+"""In standard errors: an interval that reaches further is wide because the repeats are few."""
 _INTERVAL = f"{100 * CONFIDENCE:.0f} % interval"
 
 
@@ -110,7 +112,7 @@ def verdict(summary: StudySummary) -> Verdict:
     comparisons = [c for c in (base, uniform, finalist) if c]
     sentences = [
         *_progress(summary),
-        *(_comparison_sentence(summary, c, values) for c in comparisons if c.outcome != "same"),
+        *(_comparison_sentence(summary, best, c, values) for c in comparisons if c.outcome != "same"),
         *_curse_sentence(summary, best, again, values),
         *_caveats(summary, best, comparisons, again),
     ]
@@ -185,10 +187,15 @@ def _versus_uniform(summary: StudySummary, best: Trial) -> Comparison | None:
 
 def _versus_finalist(summary: StudySummary, best: Trial) -> Comparison | None:
     """The chosen uniform ratio against the best finalist, which it has overtaken."""
-    again, finalist = confirmation_of(summary, best.name), best_finalist(summary)
-    if again is None or finalist is None or finalist[0].ratio == best.ratio or best is not uniform_trial(summary):
+    again, uniform, rival = confirmation_of(summary, best.name), uniform_trial(summary), _rival(summary, best)
+    if again is None or rival is None or uniform is None or uniform.ratio != best.ratio:
         return None
-    return compare(again, finalist[1], summary.direction, against="finalist", basis="confirm")
+    return compare(again, rival[1], summary.direction, against="finalist", basis="confirm")
+
+
+def _rival(summary: StudySummary, best: Trial) -> tuple[Trial, Measurement] | None:
+    """The best of the finalists with another ratio than the chosen one."""
+    return best_measured([f for f in finalists(summary) if f[0].ratio != best.ratio], summary.direction)
 
 
 def _as_measurement(trial: Trial) -> Measurement:
@@ -253,12 +260,12 @@ def _tone(comparisons: list[Comparison], *, confirmed: bool, uniform_is_best: bo
     return "open" if outcomes <= {"beats", "ahead"} else "mixed"
 
 
-def _comparison_sentence(summary: StudySummary, comparison: Comparison, values: ValueFormat) -> str:
+def _comparison_sentence(summary: StudySummary, best: Trial, comparison: Comparison, values: ValueFormat) -> str:
     """`Against the uniform ratio: heldout_loss 2.11 ± 0.01 (…) against 2.15 ± 0.01 (…); 0.04 lower (…), …`"""
     by = "no difference" if comparison.difference == 0 else _sided(comparison.difference, values)
     name = _NAMES[comparison.against]
-    if comparison.against == "finalist" and (finalist := best_finalist(summary)):
-        name = f"{name}, {finalist[0].name}"
+    if comparison.against == "finalist" and (rival := _rival(summary, best)):
+        name = f"{name}, {rival[0].name}"
     start = f"Against {name}: {summary.feedback_name}"
     if comparison.basis == "observation":
         text = f"{start} {values(comparison.best.mean)} against {values(comparison.other.mean)}; {by}"
@@ -267,7 +274,7 @@ def _comparison_sentence(summary: StudySummary, comparison: Comparison, values: 
         text = f"{start} {_with_error(comparison.best, values)} against {_with_error(comparison.other, values)}; {by}"
         certainty = _certainty(comparison, values)
     if comparison.base_may_vary:
-        certainty.append(f"{_LOOKS[comparison.outcome]} ({_MEASURED_ONCE})")
+        certainty = [f"{_LOOKS[comparison.outcome]} ({_MEASURED_ONCE})", *certainty]
     return f"{text} ({better_is(summary.direction)}), {', '.join(certainty)}."
 
 
@@ -369,9 +376,11 @@ def _width_caveat(comparisons: list[Comparison]) -> list[str]:
         return []
     repeats = min(m.n for c in unclear for m in (c.best, c.other) if m.trained)
     reach = max(c.test.quantile for c in unclear if c.test)
+    if reach < FEW_REPEATS_REACH:
+        return ["More repeats (confirm.repeats) would narrow the interval."]
     return [
-        f"With {repeats} repeats a side an interval reaches {reach:.1f} standard errors each way (2.0 with many): more "
-        "of them (confirm.repeats) would narrow it."
+        f"With {repeats} repeats a side an interval is wide, {reach:.1f} standard errors each way (2.0 with many): "
+        "more of them (confirm.repeats) would narrow it."
     ]
 
 
@@ -405,10 +414,7 @@ def _advice(summary: StudySummary, base: Comparison | None, uniform: Comparison 
             f"{_ratio_advice(summary, uniform)} Whether fine-tuning helps at all stays an indication: {_MEASURED_ONCE}."
         )
     if base and base.outcome != "beats":
-        return (
-            "It is not clear that fine-tuning helps here: more repeats (confirm.repeats) would narrow the "
-            f"{_INTERVAL}. {_ratio_advice(summary, uniform)}"
-        )
+        return "It is not clear that fine-tuning helps here: confirm with more repeats (confirm.repeats) before you do."
     return _ratio_advice(summary, uniform)
 
 

@@ -2,8 +2,8 @@
 
 The model is built on the meta device (shapes, no numbers), so that even a 70B model is counted in seconds. The estimate
 is the sum of what is certain (weights, adapters with their gradients and Adam states) and of what is a rule of thumb
-(activations), and is meant to tell "fits easily" from "does not fit", not to be exact. Importing this module loads neither torch nor
-transformers, since every command does.
+(activations), and is meant to tell "fits easily" from "does not fit", not to be exact. Importing this module loads
+neither torch nor transformers, since every command does.
 """
 
 from dataclasses import dataclass

@@ -83,6 +83,7 @@ def study(
     k: int | None = None,
     name: str = "toy",
     reason: str = "loss is not finite",
+    feedback_is_random: bool = False,
 ) -> StudySummary:
     """A study: trial 0 has the uniform ratio; `confirm` maps a trial's number to its fresh values."""
     names = tuple(names or (f"domain-{i}" for i in range(n_domains)))
@@ -129,6 +130,7 @@ def study(
         seconds=754.0,
         versions={"duet_ray": "0.1.0"},
         notes=("one note",),
+        feedback_is_random=feedback_is_random,
     )
 
 
@@ -150,6 +152,12 @@ def gallery() -> dict[str, StudySummary]:
         "zeros": study([[0.0, 0.0], [0.0, 0.0]], base=0.0, direction=Direction.MAXIMIZE),
         "confirmed": study([[2.5, 2.6], [2.4, 2.45], [2.2, 2.3]], confirm={2: [2.25, 2.27], 0: [2.5, 2.54]}),
         "confirm failed": study([[2.5, 2.6], [2.4, 2.45]], confirm={1: [None, None], 0: [2.5, 2.54]}),
+        "uniform wins": study(
+            [[2.5, 2.6], [2.4, 2.45], [2.45, 2.5]], confirm={1: [2.60, 2.62], 2: [2.70, 2.72], 0: [2.50, 2.52]}
+        ),
+        "random feedback": study(
+            [[2.5, 2.6], [2.4, 2.45]], confirm={1: [2.40, 2.42], 0: [2.50, 2.52]}, feedback_is_random=True
+        ),
         "maximised": study([[0.3, 0.4], [0.5, 0.6]], base=0.2, direction=Direction.MAXIMIZE),
         "20 domains, 60 trials": study(
             many, n_domains=20, n_start=20, confirm={5: [2.03, 2.05, 2.04], 0: [2.06, 2.07, 2.05]}

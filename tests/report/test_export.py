@@ -168,6 +168,19 @@ def test_nothing_to_export(home: Path, tmp_path: Path) -> None:
         export_best(summary, study_folder=home, out=tmp_path / "o", texts=texts, rows=mixture(), adapter=ADAPTER)
 
 
+def test_the_uniform_model_is_exported_where_the_report_says_to_take_it(home: Path, tmp_path: Path) -> None:
+    make_adapter(home / "artifacts/t0000/0/adapter")
+    result = export_best(
+        gallery()["uniform wins"], study_folder=home, out=tmp_path / "o", texts=texts, rows=mixture((40, 40, 40)),
+        adapter=Path("artifacts/t0000/0/adapter"),
+    )  # fmt: skip
+    facts = json.loads(result.ratio.read_text())
+    assert (facts["sample"], facts["confirmed_mean"]) == ("t0000-s0", pytest.approx(2.51))
+    text = result.readme.read_text(encoding="utf-8")
+    assert "No mixture found beats the uniform ratio: take the uniform one" in text
+    assert "Use the uniform ratio: the search found nothing better." in text
+
+
 def test_another_sample_can_be_exported(home: Path, tmp_path: Path) -> None:
     summary = study([[2.5, 2.4], [2.0, 2.1]])
     uniform = summary.trials[1].samples[0]

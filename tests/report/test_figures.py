@@ -105,6 +105,12 @@ def test_samples_are_ordered_by_observation(axes_drawn: list[Figure]) -> None:
     assert labels == ["t0001", "t0000", "t0002"]
 
 
+def test_a_winning_uniform_ratio_is_named_once(axes_drawn: list[Figure]) -> None:
+    figures.confirmed(gallery()["uniform wins"])
+    labels = [t.get_text() for t in axes_drawn[0].axes[0].get_yticklabels()]
+    assert labels == ["untouched model", "uniform ratio (t0000), the best", "finalist t0002", "finalist t0001"]
+
+
 def test_dollar_signs_do_not_become_formulas() -> None:
     summary = study([[2.5], [2.4]], names=["cost$a$", "b"])
     assert draw_all(summary)

@@ -119,6 +119,16 @@ def test_failures_show_their_reason_once_and_the_rest_on_demand() -> None:
     assert "batch of 8 x 512 tokens" in html
 
 
+def test_a_winning_uniform_ratio_is_the_best_ratio_of_the_page() -> None:
+    reader = read(render(gallery()["uniform wins"], []))
+    text = " ".join(" ".join(reader.text).split())
+    assert "The best ratio: t0000, the uniform one" in text
+    assert "t0000 ★" in text
+    assert "artifacts/t0000/0/adapter" in text
+    assert "metric untouched model uniform ratio accuracy 0.25 0.25" in text
+    assert "95 % interval 0.039 to 0.161" in text
+
+
 def test_an_adapter_that_is_gone_is_said_so() -> None:
     summary = study([[2.5]])
     sample = replace(summary.trials[1].samples[0], adapter=None)

@@ -86,6 +86,23 @@ def test_a_bar_has_letters_without_colours_and_blocks_with() -> None:
     assert "██" in shown(summary, colour=True)
 
 
+def test_what_is_marked_and_named_at_the_end_is_what_is_handed_over() -> None:
+    text = shown(gallery()["uniform wins"])
+    assert "to take: t0000, mean 2.510 with fresh seeds, domain-0 33 %" in text
+    assert [line.split()[0] for line in text.splitlines() if "★" in line] == ["t0000"]
+    assert to_json(gallery()["uniform wins"])["best"]["name"] == "t0000"
+    assert "best so far: t0001 2.400" in shown(gallery()["confirm failed"])
+
+
+def test_json_of_a_comparison_without_an_interval() -> None:
+    data = to_json(gallery()["random feedback"])
+    assert data["feedback_is_random"] is True
+    assert data["base"]["standard_error"] is None
+    assert data["verdict"]["versus_base"]["outcome"] == "ahead"
+    assert data["verdict"]["versus_base"]["interval"] is None
+    assert to_json(gallery()["uniform wins"])["verdict"]["versus_finalist"]["outcome"] == "beats"
+
+
 def test_log_lines() -> None:
     summary = gallery()["confirmed"]
     base, first, _, best, again, uniform = summary.trials
@@ -126,4 +143,10 @@ def test_json_has_the_numbers() -> None:
     assert data["confirmed"]["t0002"]["mean"] == pytest.approx(2.26)
     assert data["verdict"]["versus_uniform"]["outcome"] == "beats"
     assert data["verdict"]["versus_uniform"]["difference"] == pytest.approx(-0.26)
+    low, high = data["verdict"]["versus_base"]["interval"]
+    assert (low, high) == pytest.approx((-0.86706, -0.61294), abs=1e-5)
+    assert data["verdict"]["versus_base"]["degrees_of_freedom"] == 1
+    assert data["verdict"]["versus_base"]["confidence"] == 0.95
+    assert data["verdict"]["versus_finalist"] is None
+    assert data["feedback_is_random"] is False
     assert data["base"]["mean"] == 3.0

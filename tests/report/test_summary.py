@@ -7,6 +7,7 @@ import pytest
 from duet_ray.records import Direction
 from duet_ray.report.summary import (
     Measurement,
+    base_measurement,
     best_sample,
     best_trial,
     chosen_trial,
@@ -75,7 +76,15 @@ def test_standard_error_by_hand() -> None:
     assert measured.spread == pytest.approx(1.0)
     assert measured.standard_error == pytest.approx(1 / math.sqrt(3))
     assert Measurement(values=(1.0,)).standard_error is None
-    assert Measurement(values=(1.0,), trained=False).standard_error == 0.0
+    assert Measurement(values=(1.0,), trained=False, exact=True).standard_error == 0.0
+    assert Measurement(values=(1.0, 3.0), trained=False, exact=True).standard_error == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("is_random", "error"), [(False, 0.0), (True, None)])
+def test_one_value_of_the_untouched_model_is_exact_unless_the_feedback_is_random(
+    is_random: bool, error: float | None
+) -> None:
+    assert base_measurement(study([[2.5]], feedback_is_random=is_random)).standard_error == error
 
 
 def test_confirmation_leaves_failed_samples_out_and_counts_them() -> None:
@@ -86,11 +95,34 @@ def test_confirmation_leaves_failed_samples_out_and_counts_them() -> None:
 
 
 def test_the_finalist_with_the_best_fresh_mean_is_chosen_over_the_best_observation() -> None:
-    summary = study([[2.5], [2.0], [2.1]], n_start=1, confirm={1: [2.4, 2.4], 2: [2.2, 2.2], 0: [1.0, 1.0]})
+    summary = study([[2.5], [2.0], [2.1]], n_start=1, confirm={1: [2.4, 2.4], 2: [2.2, 2.2], 0: [2.3, 2.3]})
     assert best_trial(summary).number == 1
     assert chosen_trial(summary).number == 2
     # The uniform ratio is measured for comparison; it is no finalist unless it is the best observed.
     assert [t.number for t, _ in finalists(summary)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("direction", "fresh", "expected"),
+    [
+        (Direction.MINIMIZE, [2.1, 2.2], 0),
+        (Direction.MINIMIZE, [2.2, 2.2], 2),  # a tie goes to the search's own
+        (Direction.MAXIMIZE, [2.4, 2.5], 0),
+        (Direction.MAXIMIZE, [2.3, 2.4], 1),
+    ],
+)
+def test_uniform_is_chosen_where_it_beats_every_finalist(
+    direction: Direction, fresh: list[float], expected: int
+) -> None:
+    values = [[2.25], [2.3], [2.2]] if direction is Direction.MINIMIZE else [[2.0], [2.3], [2.2]]
+    summary = study(values, direction=direction, confirm={1: [2.4, 2.4], 2: [2.2, 2.2], 0: fresh})
+    assert best_trial(summary) is not uniform_trial(summary)
+    assert chosen_trial(summary).number == expected
+
+
+def test_uniform_is_not_chosen_without_a_model_of_its_own_or_without_a_confirmed_finalist() -> None:
+    assert chosen_trial(study([[None], [2.4]], confirm={1: [2.5, 2.5], 0: [2.0, 2.0]})).number == 1
+    assert chosen_trial(study([[2.5], [2.4]], confirm={1: [None], 0: [2.0, 2.0]})).number == 1
 
 
 def test_uniform_is_chosen_where_it_is_the_best_observed() -> None:
