@@ -1,6 +1,7 @@
 """Where samples are trained: the only folder that imports ray.
 
-`broker` leases tasks, `worker` does one task, `group` is the loop of a long-lived Ray Train group around it, `fleet`
-starts the groups, `trial` is the thin Tune function, `searcher` plugs the proposer into Tune, and `study_run` puts
-them together.
+- `study_run`  one session of a study: base and scores, search, confirmation
+- `searcher`   Tune's Searcher over the proposer and the store; `trial` the thin Tune function that waits for k samples
+- `broker`     leases tasks to groups; `fleet` starts the groups; `group` is the loop of one, a long-lived Ray Train run
+- `worker`     does one task; `artifacts` says what it leaves on disk, who finds it and what is deleted
 """

@@ -18,11 +18,12 @@ from typing import Any, Protocol
 
 from duet_ray.config import StudyConfig
 from duet_ray.errors import DuetError, ResourceError, SelectionError, StudyFailed
+from duet_ray.execution.artifacts import adopt_finished, best_trials, leave_result, prune_adapters, sample_folder
 from duet_ray.execution.broker import Outcome, Task, start_broker
 from duet_ray.execution.fleet import Fleet, ray_session
 from duet_ray.execution.trial import run_trial, sample_result, sample_tasks
-from duet_ray.execution.worker import Assignment, leave_result, read_result, sample_folder
-from duet_ray.records import BASE_TRIAL, CONFIRM_FIRST, Ratio, SampleSpec, Trial
+from duet_ray.execution.worker import Assignment
+from duet_ray.records import BASE_TRIAL, CONFIRM_FIRST, Trial
 from duet_ray.reduce import failure_reason, reduce_samples
 from duet_ray.search import Proposer, SimplexSpace
 from duet_ray.store import Store
@@ -101,7 +102,7 @@ class StudyRun:
             ResourceError: fewer devices than asked for, a full disk, or no group is left.
         """
         shutil.rmtree(self.config.study_folder / ".ray", ignore_errors=True)  # of drivers that were killed
-        self._adopt()
+        adopt_finished(self.config, self.store)
         if self._is_complete():
             self._fail_if_nothing_observed()
             return
@@ -143,10 +144,11 @@ class StudyRun:
         if not parts:
             return
         self.watcher.phase(" and ".join(parts))
-        outcomes = self._do([*base, *scores])
+        self._submit([*base, *scores])
         if base:
+            self._do(base)
             self._observe_base()
-        errors = [o.reason or o.result.get("error") for o in outcomes if o.task.kind == "score"]
+        errors = [outcome.reason or outcome.result.get("error") for outcome in self._do(scores)]
         if any(errors):
             raise SelectionError("\n".join(error for error in errors if error))
 
@@ -270,11 +272,16 @@ class StudyRun:
 
     # Talking to the broker --------------------------------------------------------------------------------------
 
+    def _submit(self, tasks: Sequence[Task]) -> None:
+        import ray
+
+        ray.get(self._broker.submit.remote(list(tasks)))
+
     def _do(self, tasks: Sequence[Task]) -> list[Outcome]:
         """Have tasks done, storing what finishes, and return their outcomes."""
         import ray
 
-        ray.get(self._broker.submit.remote(list(tasks)))
+        self._submit(tasks)
         keys = [task.key for task in tasks]
         with self._closing_on_trouble():
             while (outcomes := ray.get(self._broker.outcomes.remote(keys))) is None:
@@ -356,53 +363,11 @@ class StudyRun:
             ray.get(self._broker.close.remote())
         shutil.rmtree(self._scratch, ignore_errors=True)
 
-    # What is on disk --------------------------------------------------------------------------------------------
-
-    def _adopt(self) -> None:
-        """Store the samples that finished while no driver was there to see it."""
-        for trial in self.store.trials():
-            known = {sample.spec.sample for sample in trial.samples}
-            n_samples = {"base": 1, "confirm": self.config.confirm.repeats}.get(trial.kind, self.config.sampling.k)
-            for sample in range(n_samples):
-                spec = SampleSpec(trial=trial.number, sample=sample, kind=trial.kind, ratio=trial.ratio)
-                if sample in known:
-                    continue
-                result = read_result(sample_folder(self.config.study_folder, spec))
-                if result is not None and result.spec == spec:
-                    log.info("%s had finished: adopted", spec.key)
-                    self.store.add_sample(result)
+    # The study's state ------------------------------------------------------------------------------------------
 
     def _trial_changed(self) -> None:
-        self._prune()
+        prune_adapters(self.config, self.store)
         self.watcher.changed()
-
-    def _prune(self) -> None:
-        """Delete all adapters but those that may be handed over; results stay.
-
-        Kept are the best `keep_best` samples, and the best sample of every ratio that is, was or will be confirmed.
-        """
-        on_disk = self.store.kept_artifacts()  # Before the trials: a sample stored in between is not judged yet.
-        trials = self.store.trials()
-        values = {
-            (t.number, s.spec.sample): self.config.direction.to_loss(s.value)
-            for t in trials
-            for s in t.samples
-            if s.value is not None
-        }
-        confirmed = {t.number - CONFIRM_FIRST for t in trials if t.kind == "confirm"}
-        finalists = best_trials(trials, self.config, max(1, self.config.confirm.finalists))
-        handed_over = confirmed | {0} | {t.number for t in finalists}
-        keep = {
-            (t.number, t.observation.best_sample)
-            for t in trials
-            if t.number in handed_over and t.observation is not None
-        }
-        searched = sorted((k for k in on_disk if k[0] < CONFIRM_FIRST and k in values), key=lambda k: (values[k], k))
-        keep |= set(searched[: self.config.keep_best])
-        for key, path in on_disk.items():
-            if key not in keep and (key in values):
-                shutil.rmtree(self.config.study_folder / path, ignore_errors=True)
-                self.store.drop_artifact(*key)
 
     def _trial(self, number: int) -> Trial | None:
         return next((t for t in self.store.trials() if t.number == number), None)
@@ -424,16 +389,3 @@ class StudyRun:
     def _scratch(self) -> Path:
         """Ray's own files: never read by a resume, deleted at the end."""
         return self.config.study_folder / ".ray" / self._broker_name
-
-
-def best_trials(trials: Sequence[Trial], config: StudyConfig, n: int) -> list[Trial]:
-    """The `n` best trials of the start design and the search that have different ratios, best first."""
-    observed = [t for t in trials if t.kind in ("start", "search") and t.observation is not None]
-    observed.sort(key=lambda t: (config.direction.to_loss(t.observation.value), t.number))  # type: ignore[union-attr]
-    best: list[Trial] = []
-    seen: set[Ratio | None] = set()
-    for trial in observed:
-        if trial.ratio not in seen:
-            seen.add(trial.ratio)
-            best.append(trial)
-    return best[:n]

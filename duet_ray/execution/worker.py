@@ -1,13 +1,9 @@
 """One task, from lease to files: the work that a group does, without Ray.
 
-A sample's folder is `artifacts/<trial>/<sample>/`. It fills in three steps, each a rename into place: `adapter/`
-(trained weights), `trained.json` (what the trainer reports), `result.json` (the value, or the reason there is none).
-A worker that finds a step done goes on after it, so a kill between training and feedback costs the feedback only, and
-"finished" means one thing: `result.json` is there.
+What a task leaves on disk, and how a half-done one is taken up again, is said in `artifacts`.
 """
 
 import errno
-import json
 import logging
 import os
 import shutil
@@ -24,9 +20,10 @@ import numpy as np
 from duet_ray.config import StudyConfig, config_from
 from duet_ray.domains import Domain, open_domain
 from duet_ray.errors import FeedbackError, NoValueError, SampleFailed, StoreError
+from duet_ray.execution.artifacts import leave_result, read_json, read_result, sample_folder, sync_folder, write_json
 from duet_ray.feedback import make_feedback
 from duet_ray.mixture import draw_mixture, rows_digest
-from duet_ray.records import Mixture, SampleResult, SampleSpec, trial_name
+from duet_ray.records import Mixture, SampleResult, SampleSpec
 from duet_ray.seeds import child_seed
 from duet_ray.selection import load_weights, make_selector, save_weights
 from duet_ray.selection.base import SelectionContext
@@ -170,7 +167,7 @@ class Worker:
         self, spec: SampleSpec, mixture: Mixture, digest: str, folder: Path, progress: Progress
     ) -> dict[str, Any]:
         """Train, or take what an earlier worker trained on the very same rows."""
-        report = _read_json(folder / "trained.json")
+        report = read_json(folder / "trained.json")
         if report is not None and report.get("rows_digest") == digest and (folder / "adapter").is_dir():
             try:
                 self._trainer.load(folder / "adapter")
@@ -192,9 +189,9 @@ class Worker:
         ).to_json()
         temporary = folder / f".adapter-{uuid.uuid4().hex[:8]}"
         self._trainer.save(temporary)
-        _sync_folder(temporary)
+        sync_folder(temporary)
         os.rename(temporary, folder / "adapter")
-        _write_json(folder / "trained.json", {**report, "rows_digest": digest})
+        write_json(folder / "trained.json", {**report, "rows_digest": digest})
         return report
 
 
@@ -234,29 +231,6 @@ def feedback_name(settings: Any) -> str:
     return settings.name or (f"{settings.kind}_{metric}" if metric else settings.kind)
 
 
-def sample_folder(study_folder: Path, spec: SampleSpec) -> Path:
-    return study_folder / "artifacts" / trial_name(spec.trial) / f"s{spec.sample}"
-
-
-def read_result(folder: Path) -> SampleResult | None:
-    """The finished sample in a folder; None when there is none, or its file is damaged."""
-    data = _read_json(folder / "result.json")
-    if data is None:
-        return None
-    try:
-        return SampleResult.from_json(data)
-    except (KeyError, TypeError, AssertionError):
-        return None
-
-
-def leave_result(folder: Path, result: SampleResult) -> SampleResult:
-    """Put `result.json` in place unless a sound one is there: the first result stands, and is returned."""
-    if (earlier := read_result(folder)) is not None:
-        return earlier
-    _write_json(folder / "result.json", result.to_json())
-    return result
-
-
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error, or what caused it, is a full disk or a used-up quota."""
     seen: BaseException | None = error
@@ -268,33 +242,3 @@ def is_disk_full(error: BaseException) -> bool:
             return True
         seen = seen.__cause__ or seen.__context__
     return False
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        log.warning("%s is damaged and is made again", path)
-        return None
-    return data if isinstance(data, dict) else None
-
-
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(data, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flush every file of a folder, and the folder's own entries, to the disk."""
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -194,6 +194,23 @@ def test_a_worker_is_killed(calm: Path, tmp_path: Path) -> None:
     assert "was trained already: only its feedback is repeated" in log
 
 
+def test_two_trials_at_once_on_one_group_or_on_two(tmp_path: Path) -> None:
+    """With influence weights, which are scored on the fleet: how many workers there are changes nothing."""
+    settings: dict[str, Any] = {
+        "search__concurrent_trials": 2,
+        "selection": {"method": "influence", "n_fit_rows": 16, "n_hessian_rows": 8},
+        "confirm": {"finalists": 0},
+    }
+    studies = [write_study(tmp_path / str(n), fleet__groups=n, **settings) for n in (1, 2)]
+    for study in studies:
+        code, output = finish(start(study))
+        assert code == 0, output
+        assert "scoring the rows of 3 domains" in output
+    one, two = (essence(trials_of(study)) for study in studies)
+    assert one == two
+    assert [trial[3] for trial in one] == ["done"] * 6
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_a_signal_pauses_and_the_same_command_goes_on(calm: Path, tmp_path: Path, number: signal.Signals) -> None:
     study = write_study(tmp_path)

@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 
 from duet_ray.config import load_config
-from duet_ray.execution.worker import Assignment, Worker, is_disk_full, read_result, sample_folder
+from duet_ray.errors import RatioError
+from duet_ray.execution.artifacts import read_result, sample_folder
+from duet_ray.execution.worker import Assignment, Worker, is_disk_full
 from duet_ray.preflight import preflight
 from duet_ray.records import BASE_TRIAL, Ratio, SampleSpec
-from tests.toy_study import write_toy_study
+from duet_ray.search import Proposer, Told
+from tests.toy_study import write_rows, write_toy_study
 
 SPEC = SampleSpec(trial=2, sample=1, kind="start", ratio=Ratio(counts=(12, 0, 12)))
 
@@ -108,6 +111,45 @@ def test_a_sample_that_fails_has_a_reason_and_no_value(tmp_path: Path) -> None:
     assert read_result(place(SPEC)) == result
     base = SampleSpec(trial=BASE_TRIAL, sample=0, kind="base", ratio=None)
     assert worker.do_sample(base, 2, silent).ok, "the next sample is not harmed"
+
+
+def test_a_ratio_at_a_vertex(tmp_path: Path) -> None:
+    worker, _ = make_worker(tmp_path)
+    alone = SampleSpec(trial=0, sample=0, kind="start", ratio=Ratio(counts=(24, 0, 0)))
+    without = SampleSpec(trial=1, sample=0, kind="start", ratio=Ratio(counts=(0, 24, 0)))
+    good, bad = worker.do_sample(alone, 1, silent), worker.do_sample(without, 2, silent)
+    assert good.value is not None
+    assert bad.value is not None
+    assert good.value < bad.value
+    assert good.train["n_rows"] == bad.train["n_rows"] == 24
+
+
+def test_one_domain_has_one_ratio(tmp_path: Path) -> None:
+    domain = {"name": "apples", "source": "data/apples.jsonl"}
+    ready = preflight(load_config(write_toy_study(tmp_path, domains=[domain])))
+    proposer = Proposer(ready.space, ready.config.search, ready.config.seed)
+    told = [Told(ratio=Ratio(counts=(24,)), loss=float(t)) for t in range(4)]
+    assert [proposer.propose(t, told[:t], []).ratio.counts for t in range(5)] == [(24,)] * 5
+
+
+def test_fewer_rows_than_domains(tmp_path: Path) -> None:
+    worker, _ = make_worker(tmp_path, mixture__n_rows=2, training__batch_size=2)
+    ready = preflight(load_config(tmp_path / "study.yaml"))
+    uniform = ready.space.uniform()
+    assert sorted(uniform.counts) == [0, 1, 1]
+    assert worker.do_sample(SampleSpec(trial=0, sample=0, kind="start", ratio=uniform), 1, silent).ok
+
+
+def test_a_domain_smaller_than_the_mixture(tmp_path: Path) -> None:
+    """`cap` bounds its share by what it has, `repeat` lets its rows come again, `error` says what to change."""
+    write_toy_study(tmp_path)
+    write_rows(tmp_path / "data" / "clouds.jsonl", "qqqp", 10)
+    capped = preflight(load_config(tmp_path / "study.yaml"))
+    assert capped.space.upper == (24, 24, 9)
+    repeated = preflight(load_config(tmp_path / "study.yaml", ["mixture.when_short=repeat"]))
+    assert repeated.space.upper == (24, 24, 24)
+    with pytest.raises(RatioError, match="clouds"):
+        preflight(load_config(tmp_path / "study.yaml", ["mixture.when_short=error"]))
 
 
 def test_scoring_is_done_once(tmp_path: Path) -> None:

@@ -1,0 +1,131 @@
+"""What samples leave on disk, who finds it, and what is deleted.
+
+A sample's folder is `artifacts/<trial>/<sample>/`. It fills in three steps, each a rename into place: `adapter/`
+(trained weights), `trained.json` (what the trainer reports), `result.json` (the value, or the reason there is none).
+Whoever finds a step done goes on after it, so a kill between training and feedback costs the feedback only, and
+"finished" means one thing: `result.json` is there.
+"""
+
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from duet_ray.config import StudyConfig
+from duet_ray.records import CONFIRM_FIRST, Ratio, SampleResult, SampleSpec, Trial, trial_name
+from duet_ray.store import Store
+
+log = logging.getLogger(__name__)
+
+
+def sample_folder(study_folder: Path, spec: SampleSpec) -> Path:
+    return study_folder / "artifacts" / trial_name(spec.trial) / f"s{spec.sample}"
+
+
+def read_result(folder: Path) -> SampleResult | None:
+    """The finished sample in a folder; None when there is none, or its file is damaged."""
+    data = read_json(folder / "result.json")
+    if data is None:
+        return None
+    try:
+        return SampleResult.from_json(data)
+    except (KeyError, TypeError, AssertionError):
+        return None
+
+
+def leave_result(folder: Path, result: SampleResult) -> SampleResult:
+    """Put `result.json` in place unless a sound one is there: the first result stands, and is returned."""
+    if (earlier := read_result(folder)) is not None:
+        return earlier
+    write_json(folder / "result.json", result.to_json())
+    return result
+
+
+def adopt_finished(config: StudyConfig, store: Store) -> None:
+    """Store the samples that finished while no driver was there to see it."""
+    for trial in store.trials():
+        known = {sample.spec.sample for sample in trial.samples}
+        n_samples = {"base": 1, "confirm": config.confirm.repeats}.get(trial.kind, config.sampling.k)
+        for sample in range(n_samples):
+            spec = SampleSpec(trial=trial.number, sample=sample, kind=trial.kind, ratio=trial.ratio)
+            if sample in known:
+                continue
+            result = read_result(sample_folder(config.study_folder, spec))
+            if result is not None and result.spec == spec:
+                log.info("%s had finished: adopted", spec.key)
+                store.add_sample(result)
+
+
+def prune_adapters(config: StudyConfig, store: Store) -> None:
+    """Delete all adapters but those that may be handed over; results stay.
+
+    Kept are the best `keep_best` samples, and the best sample of every ratio that is, was or will be confirmed.
+    """
+    on_disk = store.kept_artifacts()  # Before the trials: a sample stored in between is not judged yet.
+    trials = store.trials()
+    values = {
+        (t.number, s.spec.sample): config.direction.to_loss(s.value)
+        for t in trials
+        for s in t.samples
+        if s.value is not None
+    }
+    confirmed = {t.number - CONFIRM_FIRST for t in trials if t.kind == "confirm"}
+    finalists = best_trials(trials, config, max(1, config.confirm.finalists))
+    handed_over = confirmed | {0} | {t.number for t in finalists}
+    keep = {
+        (t.number, t.observation.best_sample) for t in trials if t.number in handed_over and t.observation is not None
+    }
+    searched = sorted((k for k in on_disk if k[0] < CONFIRM_FIRST and k in values), key=lambda k: (values[k], k))
+    keep |= set(searched[: config.keep_best])
+    judged = {t.number for t in trials if t.status != "pending"}
+    for key, path in on_disk.items():
+        if key not in keep and key[0] in judged:
+            shutil.rmtree(config.study_folder / path, ignore_errors=True)
+            store.drop_artifact(*key)
+
+
+def best_trials(trials: Sequence[Trial], config: StudyConfig, n: int) -> list[Trial]:
+    """The `n` best trials of the start design and the search that have different ratios, best first."""
+    observed = [t for t in trials if t.kind in ("start", "search") and t.observation is not None]
+    observed.sort(key=lambda t: (config.direction.to_loss(t.observation.value), t.number))  # type: ignore[union-attr]
+    best: list[Trial] = []
+    seen: set[Ratio | None] = set()
+    for trial in observed:
+        if trial.ratio not in seen:
+            seen.add(trial.ratio)
+            best.append(trial)
+    return best[:n]
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        log.warning("%s is damaged and is made again", path)
+        return None
+    return data if isinstance(data, dict) else None
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(data, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush every file of a folder, and the folder's own entries, to the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
