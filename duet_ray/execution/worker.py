@@ -108,8 +108,7 @@ class Worker:
             started = time.monotonic()
             seed = child_seed(self._config.seed, "evaluate", max(spec.trial, 0), spec.sample)
             measured = self._feedback.measure(self._trainer.model, self._base[1], seed=seed)
-            metrics = dict(measured.metrics)
-            metrics |= self._measure_also(spec, seed)
+            metrics = {**measured.metrics, **self._measure_also(spec, seed)}
             result = SampleResult(
                 spec=spec,
                 value=measured.value,
@@ -176,7 +175,8 @@ class Worker:
             else:
                 log.info("%s was trained already: only its feedback is repeated", spec.key)
                 return {name: value for name, value in report.items() if name != "rows_digest"}
-        shutil.rmtree(folder / "adapter", ignore_errors=True)
+        for stale in (folder / "adapter", *folder.glob(".adapter-*")):
+            shutil.rmtree(stale, ignore_errors=True)
         rows = [
             row
             for domain, ids in zip(self._domains, mixture.rows, strict=True)
