@@ -103,8 +103,9 @@ class StudyRun:
         """
         shutil.rmtree(self.config.study_folder / ".ray", ignore_errors=True)  # of drivers that were killed
         adopt_finished(self.config, self.store)
-        if self._is_complete():
+        if self._n_to_search() == 0:
             self._fail_if_nothing_observed()
+        if self._is_complete():
             return
         with self._on_the_fleet():
             self._measure_base_and_score()
@@ -178,11 +179,8 @@ class StudyRun:
 
         from duet_ray.execution.searcher import StudySearcher
 
-        n_left = sum(
-            (t := self._trial(n)) is None or t.status == "pending" for n in range(self.config.n_planned_trials)
-        )
+        n_left = self._n_to_search()
         if not n_left:
-            self._fail_if_nothing_observed()
             return
         self.watcher.phase("searching")
         searcher = StudySearcher(
@@ -230,6 +228,11 @@ class StudyRun:
         if errors:
             raise errors[0]
         self._fail_if_nothing_observed()
+
+    def _n_to_search(self) -> int:
+        """Planned trials that have not ended."""
+        ended = {t.number for t in self.store.trials() if t.status != "pending"}
+        return sum(number not in ended for number in range(self.config.n_planned_trials))
 
     def _fail_if_nothing_observed(self) -> None:
         trials = [t for t in self.store.trials() if t.kind in ("start", "search")]
@@ -375,8 +378,8 @@ class StudyRun:
     def _is_complete(self) -> bool:
         """Whether there is nothing left to do, so that Ray need not start."""
         trials = {t.number: t for t in self.store.trials()}
-        planned = [BASE_TRIAL, *range(self.config.n_planned_trials)]
-        if self.unscored or any(n not in trials or trials[n].status == "pending" for n in planned):
+        base = trials.get(BASE_TRIAL)
+        if self.unscored or self._n_to_search() or base is None or base.status != "done":
             return False
         if self.config.confirm.finalists == 0:
             return True

@@ -51,19 +51,14 @@ class HeldoutLoss:
         """Read the whole file.
 
         Raises:
-            FeedbackError: no such file, a row that cannot be used, no row at all, or accuracy without choices.
+            FeedbackError: no such file, a row that cannot be used, or no row at all.
         """
         n_rows = len(self._read_items()) if self._is_choice else len(self._read_rows())
         notes = []
         if self._section.limit is not None and self._section.limit > n_rows:
             notes.append(f"{self._file.name} has {n_rows} rows, fewer than feedback.limit = {self._section.limit}")
-        wanted = Direction.MAXIMIZE if self._section.metric == "accuracy" else Direction.MINIMIZE
-        if self._section.direction is not wanted:
-            better = "higher" if wanted is Direction.MAXIMIZE else "lower"
-            notes.append(
-                f"{self._section.metric} is better when {better}, but feedback.direction is "
-                f"{self._section.direction.value}"
-            )
+        if self._section.metric == "loss" and self._section.direction is Direction.MAXIMIZE:
+            notes.append("loss is better when lower, but feedback.direction is maximize")
         return notes
 
     def measure(self, model: Any, tokenizer: Any, *, seed: int) -> Feedback:
@@ -91,8 +86,6 @@ class HeldoutLoss:
 
     def _read_rows(self) -> list[ParsedRow]:
         if self._rows is None:
-            if self._section.metric == "accuracy":
-                raise FeedbackError("feedback.metric: accuracy needs format: multiple_choice; use metric: loss")
             assert self._section.format != "multiple_choice"
             try:
                 rows = list(

