@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "duet_ray"
 
 FLOORS: list[set[str]] = [
-    {"errors"},
+    {"errors", "files"},
     {"records", "seeds", "study_file"},
     {"config"},
     {"domains", "likelihood", "mixture", "reduce", "store"},

@@ -9,13 +9,10 @@ same domain at once make the same folder, of which the first stays.
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
-import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -32,9 +29,9 @@ from duet_ray.domains.readers import BadRow
 from duet_ray.domains.rows import BATCH_ROWS, RowWriter, split_file, to_batch
 from duet_ray.domains.sources import Source, find_sources
 from duet_ray.errors import DataError, DataErrors
+from duet_ray.files import new_folder, remove_stale, write_json
 
 N_BAD_SHOWN = 10
-_STALE_SECONDS = 24 * 3600
 
 OnProgress = Callable[[str, int], None]
 """Called with (domain name, rows read so far)."""
@@ -156,7 +153,8 @@ def _prepare(config: StudyConfig, index: int, tokenizer: Any, identity: str, on_
     folder = cache_folder(config) / f"{domain.name}-{mark}"
     prepared = _reopen(folder, index)
     if prepared is None:
-        with _new_folder(folder) as work:
+        remove_stale(folder.parent, f"{domain.name}-*")
+        with new_folder(folder) as work:
             rows = _Rows(config, index, tokenizer, settings, sources, on_progress)
             report = _write_halves(rows, work, config)
             if [source.stamp() for source in sources] != stamps:
@@ -281,45 +279,4 @@ def _chunks(rows: Iterator[ParsedRow | BadRow], size: int) -> Iterator[list[Pars
 
 def _write_meta(file: Path, name: str, mark: str, report: DomainReport) -> None:
     meta: Mapping[str, Any] = {"layout": LAYOUT, "name": name, "fingerprint": mark, "report": report.to_json()}
-    with file.open("w", encoding="utf-8") as out:
-        json.dump(meta, out, ensure_ascii=False, indent=1)
-        out.flush()
-        os.fsync(out.fileno())
-
-
-@contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` if the block ends well, unless another process was first."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(folder)
-    work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
-    try:
-        yield work
-        work.chmod(0o755)  # mkdtemp's 0700 would lock out workers that run as somebody else
-        _sync_folder(work)
-        try:
-            work.rename(folder)
-        except OSError:
-            if not (folder / META).is_file():
-                raise
-        _sync_folder(folder.parent)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _remove_stale(folder: Path) -> None:
-    """Remove what killed preparations of this domain left behind more than a day ago."""
-    for old in folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*.tmp-*"):
-        try:
-            if time.time() - old.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(old)
-        except FileNotFoundError:
-            continue  # another process was quicker
+    write_json(file, meta)

@@ -8,14 +8,13 @@ Whoever finds a step done goes on after it, so a kill between training and feedb
 
 import json
 import logging
-import os
 import shutil
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from duet_ray.config import StudyConfig
+from duet_ray.files import write_json
 from duet_ray.records import CONFIRM_FIRST, Ratio, SampleResult, SampleSpec, Trial, trial_name
 from duet_ray.store import Store
 
@@ -110,22 +109,3 @@ def read_json(path: Path) -> dict[str, Any] | None:
         log.warning("%s is damaged and is made again", path)
         return None
     return data if isinstance(data, dict) else None
-
-
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(data, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush every file of a folder, and the folder's own entries, to the disk."""
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

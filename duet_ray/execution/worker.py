@@ -5,10 +5,8 @@ What a task leaves on disk, and how a half-done one is taken up again, is said i
 
 import errno
 import logging
-import os
 import shutil
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,8 +18,9 @@ import numpy as np
 from duet_ray.config import StudyConfig, config_from
 from duet_ray.domains import Domain, open_domain
 from duet_ray.errors import FeedbackError, NoValueError, SampleFailed, StoreError
-from duet_ray.execution.artifacts import leave_result, read_json, read_result, sample_folder, sync_folder, write_json
+from duet_ray.execution.artifacts import leave_result, read_json, read_result, sample_folder
 from duet_ray.feedback import make_feedback
+from duet_ray.files import new_folder, write_json
 from duet_ray.mixture import draw_mixture, rows_digest
 from duet_ray.records import Mixture, SampleResult, SampleSpec
 from duet_ray.seeds import child_seed
@@ -175,7 +174,7 @@ class Worker:
             else:
                 log.info("%s was trained already: only its feedback is repeated", spec.key)
                 return {name: value for name, value in report.items() if name != "rows_digest"}
-        for stale in (folder / "adapter", *folder.glob(".adapter-*")):
+        for stale in (folder / "adapter", *folder.glob("adapter.tmp-*")):
             shutil.rmtree(stale, ignore_errors=True)
         rows = [
             row
@@ -187,10 +186,8 @@ class Worker:
         report = self._trainer.train(
             rows, seed=seed, on_step=lambda done, total: progress(f"training {done}/{total}")
         ).to_json()
-        temporary = folder / f".adapter-{uuid.uuid4().hex[:8]}"
-        self._trainer.save(temporary)
-        sync_folder(temporary)
-        os.rename(temporary, folder / "adapter")
+        with new_folder(folder / "adapter") as temporary:
+            self._trainer.save(temporary)
         write_json(folder / "trained.json", {**report, "rows_digest": digest})
         return report
 

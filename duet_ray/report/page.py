@@ -6,14 +6,13 @@ everything; nothing is marked safe but the style sheet values that `palette.py` 
 """
 
 import base64
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from duet_ray.files import write_file
 from duet_ray.records import Ratio, SampleResult, Trial
 from duet_ray.report.palette import domain_look
 from duet_ray.report.summary import (
@@ -98,7 +97,7 @@ def write_report(summary: StudySummary, folder: Path) -> Path:
     figures = folder / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     for picture in pictures:
-        _write(figures / f"{picture.name}.png", picture.png)
+        write_file(figures / f"{picture.name}.png", picture.png)
     shown = [
         {
             "title": p.title,
@@ -109,7 +108,7 @@ def write_report(summary: StudySummary, folder: Path) -> Path:
         for p in pictures
     ]
     page = folder / "report.html"
-    _write(page, render(summary, shown).encode())
+    write_file(page, render(summary, shown).encode())
     return page
 
 
@@ -271,16 +270,3 @@ def _worth(effective: float | None, n_train: int) -> str:
     if effective is None:
         return "–"
     return f"{effective:,.0f} ({share(round(effective), n_train)})" if n_train else f"{effective:,.0f}"
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write under a temporary name and rename, so that nobody ever reads half a file."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
