@@ -87,23 +87,60 @@ class MixtureConfig(Section):
 
 
 class WeightingConfig(Section):
-    kind: Literal["shift", "softmax"] = "softmax"
+    kind: Literal["shift", "softmax", "rank"] = "softmax"
     temperature: float = Field(1.0, gt=0, description="softmax only: lower is sharper; 1 = one standard deviation")
 
 
+Indicator = Literal["length", "perplexity", "difficulty", "diversity", "reasoning", "richness"]
+INDICATORS: tuple[Indicator, ...] = ("length", "perplexity", "difficulty", "diversity", "reasoning", "richness")
+
+
 class SelectionConfig(Section):
-    method: Literal["uniform", "influence"] = "uniform"
-    solver: Literal["ekfac", "cg"] = Field("ekfac", description="influence: how H⁻¹v is computed")
+    method: Literal[
+        "uniform", "influence", "less", "tracin", "remove_harmful", "top_n", "logdet", "coreset", "indicators"
+    ] = "uniform"
+    solver: Literal["ekfac", "cg", "lissa"] = Field("ekfac", description="influence: how H⁻¹v is computed")
+    curvature: Literal["gauss_newton", "hessian"] = Field("gauss_newton", description="cg, lissa: the matrix H")
     damping: float = Field(0.1, gt=0, description="influence: added to the Hessian, relative to its mean eigenvalue")
     cg_iterations: int = Field(20, ge=1, description="influence with cg: iteration cap")
     cg_tolerance: float = Field(1e-3, gt=0, description="influence with cg: relative residual to stop at")
-    n_fit_rows: int | None = Field(None, ge=1, description="rows to fine-tune a domain's model on; null = all")
+    lissa_depth: int = Field(100, ge=1, description="influence with lissa: terms of the series")
+    lissa_scale: float | None = Field(
+        None, gt=0, description="influence with lissa: must exceed the largest eigenvalue; null = 1.5 times it"
+    )
+    n_fit_rows: int | None = Field(
+        None, ge=1, description="rows to fine-tune a domain's model on; null = all (less, tracin: 5 %, at least 256)"
+    )
     n_hessian_rows: int | None = Field(256, ge=1, description="rows the Hessian is estimated on; null = all")
-    epochs: int | None = Field(None, ge=1, description="epochs of a domain's model; null = training.epochs")
+    epochs: int | None = Field(
+        None, ge=1, description="epochs of a domain's model; null = training.epochs (less, tracin: 4)"
+    )
     target_modules: Literal["all-linear"] | list[str] | None = Field(
         None, description="layers of a domain's model that are adapted and scored by; null = training.target_modules"
     )
+    surrogate: ModelConfig | None = Field(None, description="a smaller model to score with; null = the study's model")
+    projection: int | None = Field(
+        None, ge=1, description="less, tracin: dimensions of a random projection; null = exact products"
+    )
+    harmful_fraction: float = Field(0.2, gt=0, lt=1, description="remove_harmful: share of rows that are dropped")
+    pool: float = Field(1.0, ge=1, description="top_n, logdet, coreset: draw among the first pool × quota rows")
+    embedding_model: str | None = Field(
+        None, description="sentence-embedding model, folder or hub id; null = the base model's mean hidden state"
+    )
+    indicators: list[Indicator] = Field(list(INDICATORS), min_length=1, description="indicators: those that are used")
+    n_prompts: int = Field(48, ge=8, description="indicators: prompts whose effect is measured")
+    n_demonstrations: int = Field(4, ge=1, description="indicators: rows in a prompt")
+    examples: str | None = Field(
+        None, description="indicators: a file of a few task examples (prompt, completion); null = validation rows"
+    )
+    n_exact_rows: int | None = Field(
+        None, ge=32, description="score so many rows of a domain exactly and predict the others; null = all exactly"
+    )
+    min_rank_correlation: float = Field(
+        0.3, ge=-1, le=1, description="with n_exact_rows: refuse predictions that do worse on held-out rows"
+    )
     batch_size: int = Field(8, ge=1, description="rows scored at once")
+    shard_rows: int = Field(2048, ge=1, description="rows of a task of the fleet")
     weighting: WeightingConfig = WeightingConfig()
 
 
@@ -276,6 +313,13 @@ class StudyConfig(Section):
         return copy
 
     @property
+    def for_scoring(self) -> "StudyConfig":
+        """The study with the model that scores rows in the place of its own: itself, unless there is a surrogate."""
+        if self.selection.surrogate is None:
+            return self
+        return self.model_copy(update={"model": self.selection.surrogate}).placed_in(self._folder)
+
+    @property
     def folder(self) -> Path:
         """The folder that relative paths are taken from."""
         return self._folder
@@ -292,8 +336,7 @@ def _contradictions(config: StudyConfig) -> Iterator[tuple[str, str]]:
     micro = training.micro_batch_size
     if micro is not None and training.batch_size % micro:
         yield "training.micro_batch_size", f"must divide training.batch_size = {training.batch_size}, got {micro}"
-    if config.selection.method == "influence" and config.data.validation_fraction == 0:
-        yield "data.validation_fraction", "must be > 0 with selection.method: influence, got 0"
+    yield from _selection_contradictions(config)
     kinds = [config.feedback, *config.also]
     for index, feedback in enumerate(kinds):
         if feedback.kind == "heldout_loss" and feedback.metric == "accuracy":
@@ -302,6 +345,23 @@ def _contradictions(config: StudyConfig) -> Iterator[tuple[str, str]]:
                 yield f"{path}.metric", f"accuracy needs format: multiple_choice, got {feedback.format}"
             if feedback.direction is not Direction.MAXIMIZE:
                 yield f"{path}.direction", "accuracy is to be maximized, got minimize"
+
+
+def _selection_contradictions(config: StudyConfig) -> Iterator[tuple[str, str]]:
+    selection = config.selection
+    compares = {"influence", "less", "tracin", "remove_harmful", "top_n", "indicators"}
+    if selection.method in compares and config.data.validation_fraction == 0 and selection.examples is None:
+        yield "data.validation_fraction", f"must be > 0 with selection.method: {selection.method}, got 0"
+    if selection.examples is not None and selection.method != "indicators":
+        yield "selection.examples", f"is read by selection.method: indicators, not by {selection.method}"
+    if selection.n_exact_rows is not None and selection.method not in compares - {"indicators"}:
+        yield "selection.n_exact_rows", f"{selection.method} scores no rows that could be predicted: remove it"
+    if selection.surrogate is not None and selection.method in ("uniform", "logdet", "coreset"):
+        yield "selection.surrogate", f"{selection.method} fine-tunes no model: remove it"
+    if config.mixture.replacement and selection.method in ("top_n", "logdet", "coreset"):
+        yield "mixture.replacement", f"must be false with selection.method: {selection.method}, which orders rows"
+    if len(set(selection.indicators)) < len(selection.indicators):
+        yield "selection.indicators", "each indicator stands at most once"
 
 
 MAY_CHANGE: tuple[str, ...] = ("fleet", "storage", "keep_best", "confirm", "sampling.max_retries", "search.n_trials")

@@ -10,7 +10,9 @@ mixture depends on nothing but the study file and its place in the study.
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -20,6 +22,20 @@ from duet_ray.records import Mixture, Ratio
 from duet_ray.seeds import generator
 
 WhenShort = Literal["cap", "repeat", "error"]
+
+
+@dataclass(frozen=True)
+class RowOrder:
+    """A nested order of a domain's rows, for selection methods that choose sets of rows rather than weigh them."""
+
+    order: np.ndarray
+    """`(n_rows,)` int64 permutation, best first."""
+    pool: float = 1.0
+    """A quota is drawn uniformly among the first `pool` × quota rows; at 1 it is those rows, in that order."""
+
+
+DrawBy = np.ndarray | RowOrder
+"""What a domain's rows are drawn by: `(n_rows,)` probabilities, or an order."""
 
 
 def rows_per_domain(ratio: np.ndarray, n_rows: int) -> np.ndarray:
@@ -83,11 +99,8 @@ def draw_rows(
         raise RatioError(f"domain {domain}: row weights must be finite, >= 0 and not all 0")
     if replacement:
         return rng.choice(len(weights), size=n_rows, p=weights / weights.sum()).astype(np.int64)
-    if n_rows > n_drawable and when_short != "repeat":
-        raise RatioError(
-            f"domain {domain}: {n_rows} rows asked for and {n_drawable} there; "
-            f"set mixture.when_short: repeat, lower mixture.n_rows, or add rows"
-        )
+    if n_rows > n_drawable:
+        _check_not_short(n_rows, n_drawable, when_short, domain)
     rounds = []
     for _ in range(n_rows // n_drawable):
         rounds.append(_smallest_keys(weights, n_drawable, rng))
@@ -96,9 +109,22 @@ def draw_rows(
     return np.concatenate(rounds)
 
 
+def draw_in_order(
+    by: RowOrder, n_rows: int, rng: np.random.Generator, *, when_short: WhenShort = "error", domain: str = ""
+) -> np.ndarray:
+    """Draw rows of one domain from the front of an order; arguments and errors as for `draw_rows`."""
+    order, n_available = np.asarray(by.order, dtype=np.int64), len(by.order)
+    if n_rows > n_available:
+        _check_not_short(n_rows, n_available, when_short, domain)
+    whole, rest = divmod(n_rows, n_available)
+    front = order[: math.ceil(by.pool * rest)]
+    last = front if len(front) == rest else rng.choice(front, size=rest, replace=False)
+    return np.concatenate([*[order] * whole, last])
+
+
 def draw_mixture(
     ratio: Ratio,
-    weights: Sequence[np.ndarray],
+    weights: Sequence[DrawBy],
     *,
     seed: int,
     trial: int,
@@ -111,17 +137,20 @@ def draw_mixture(
 
     Args:
         ratio: rows per domain.
-        weights: per domain, `(n_rows_of_domain,)` row probabilities.
+        weights: per domain, `(n_rows_of_domain,)` row probabilities, or an order of its rows.
         seed: the study's root seed.
         trial, sample: the sample's place in the study: other places, other rows.
     """
     if len(weights) != ratio.n_domains:
         raise RatioError(f"{ratio.n_domains} domains in the ratio and weights for {len(weights)}")
     rows = []
-    for index, (count, probabilities) in enumerate(zip(ratio.counts, weights, strict=True)):
+    for index, (count, by) in enumerate(zip(ratio.counts, weights, strict=True)):
         rng = generator(seed, "draw", trial, sample, index)
         name = names[index] if names else str(index)
-        rows.append(draw_rows(probabilities, count, rng, replacement=replacement, when_short=when_short, domain=name))
+        if isinstance(by, RowOrder):
+            rows.append(draw_in_order(by, count, rng, when_short=when_short, domain=name))
+        else:
+            rows.append(draw_rows(by, count, rng, replacement=replacement, when_short=when_short, domain=name))
     return Mixture(rows=tuple(rows))
 
 
@@ -132,6 +161,14 @@ def rows_digest(mixture: Mixture) -> str:
         digest.update(len(rows).to_bytes(8, "little"))
         digest.update(np.ascontiguousarray(rows, dtype="<i8").tobytes())
     return digest.hexdigest()
+
+
+def _check_not_short(n_rows: int, n_available: int, when_short: WhenShort, domain: str) -> None:
+    if when_short != "repeat":
+        raise RatioError(
+            f"domain {domain}: {n_rows} rows asked for and {n_available} there; "
+            f"set mixture.when_short: repeat, lower mixture.n_rows, or add rows"
+        )
 
 
 def _smallest_keys(weights: np.ndarray, n_rows: int, rng: np.random.Generator) -> np.ndarray:

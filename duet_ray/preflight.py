@@ -7,22 +7,24 @@ space of ratios, the keys of the weights, and a study file with every `auto` res
 import hashlib
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from duet_ray.config import StudyConfig
 from duet_ray.domains import Domain, Overlap, find_overlap, prepare_domains
-from duet_ray.errors import DataError, DataErrors, DuetError, ResourceError
+from duet_ray.errors import ConfigError, DataError, DataErrors, DuetError, Problem, ResourceError
 from duet_ray.feedback import make_feedback
 from duet_ray.search import SimplexSpace
 from duet_ray.selection import (
     RowWeights,
     SelectionContext,
     load_weights,
-    make_selector,
+    method_of,
     model_identity,
+    n_drawable,
     save_weights,
+    select,
     weights_key,
 )
 from duet_ray.training import load_tokenizer
@@ -38,6 +40,8 @@ class Preflight:
     config: StudyConfig
     """With every `auto` resolved."""
     domains: list[Domain]
+    scoring_domains: list[Domain]
+    """The same rows, tokenised for the model that scores them; the same objects where that is the study's model."""
     overlaps: list[Overlap] | None
     """None where the task's text is not at hand, or nobody wants to know."""
     space: SimplexSpace
@@ -77,9 +81,13 @@ def preflight(config: StudyConfig, *, on_stage: OnStage = lambda _: None) -> Pre
     on_stage("reading the domains")
     domains = prepare_domains(config, tokenizer, on_progress=lambda name, n: on_stage(f"reading {name}: {n:,} rows"))
     overlaps, overlap_notes = _overlaps(config, domains, sources[0], on_stage)
-    space = SimplexSpace.of(config, [len(domain.train) for domain in domains])
+    space = SimplexSpace.of(config, [n_drawable(config.selection, len(domain.train)) for domain in domains])
     identity = model_identity(config)
-    keys = tuple(weights_key(domain, config, identity) for domain in domains)
+    scoring_domains = domains
+    if config.selection.surrogate is not None:
+        on_stage("reading the domains for the surrogate model")
+        scoring_domains = _surrogate_domains(config, domains)
+    keys = _keys(config, scoring_domains)
     weights_folder = config.resolve_path(config.storage) / "cache"
     _weigh_without_model(config, domains, weights_folder, keys)
     if problem := memory_problem(config, memory):
@@ -92,6 +100,7 @@ def preflight(config: StudyConfig, *, on_stage: OnStage = lambda _: None) -> Pre
     return Preflight(
         config=config,
         domains=domains,
+        scoring_domains=scoring_domains,
         overlaps=overlaps,
         space=space,
         memory=memory,
@@ -154,10 +163,45 @@ def _overlaps(
     return overlaps, found
 
 
+def _surrogate_domains(config: StudyConfig, domains: list[Domain]) -> list[Domain]:
+    """The domains as the surrogate's tokenizer has them, row for row the same.
+
+    Raises:
+        ConfigError: the surrogate cannot be loaded, or rows that are sound for one tokenizer are not for the other.
+    """
+    scoring = config.for_scoring
+    try:
+        found = prepare_domains(scoring, load_tokenizer(scoring))
+    except ConfigError as error:
+        moved = [replace(p, path=f"selection.surrogate{p.path.removeprefix('model')}") for p in error.problems]
+        raise ConfigError(moved) from error
+    unlike = [d.name for d, s in zip(domains, found, strict=True) if not d.train.same_rows(s.train)]
+    if unlike:
+        message = (
+            f"{', '.join(unlike)}: not the same rows as for the study's model, since some are empty or cut off for one "
+            "tokenizer alone; raise training.max_tokens, or choose a surrogate with the study's tokenizer"
+        )
+        raise ConfigError([Problem(path="selection.surrogate", message=message)])
+    return found
+
+
+def _keys(config: StudyConfig, domains: list[Domain]) -> tuple[str, ...]:
+    """The keys of the domains' weights.
+
+    Raises:
+        ConfigError: `selection.examples` cannot be read.
+    """
+    try:
+        identity = model_identity(config.for_scoring)
+        return tuple(weights_key(domain, config, identity) for domain in domains)
+    except OSError as error:
+        message = f"{error.filename} cannot be read: {error.strerror}"
+        raise ConfigError([Problem(path="selection.examples", message=message)]) from None
+
+
 def _weigh_without_model(config: StudyConfig, domains: list[Domain], folder: Path, keys: tuple[str, ...]) -> None:
     """Methods that need no model are quick, and are done here rather than on the fleet."""
-    selector = make_selector(config.selection)
-    if selector.needs_model:
+    if method_of(config.selection).needs_model:
         return
 
     def no_model() -> tuple[Any, Any]:
@@ -168,7 +212,7 @@ def _weigh_without_model(config: StudyConfig, domains: list[Domain], folder: Pat
     )
     for domain, key in zip(domains, keys, strict=True):
         if load_weights(folder, key) is None:
-            save_weights(folder, key, selector.select(domain, context))
+            save_weights(folder, key, select(domain, context))
 
 
 def _task_digest(config: StudyConfig) -> str | None:

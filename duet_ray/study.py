@@ -20,7 +20,7 @@ from typing import Any, Literal
 from duet_ray.config import StudyConfig, config_from, differences
 from duet_ray.errors import DuetError, StoreError, StudyChanged
 from duet_ray.execution.study_run import Paused, SilentWatcher, StudyRun, Watcher
-from duet_ray.execution.worker import Assignment, load_probabilities, mixture_of
+from duet_ray.execution.worker import Assignment, load_draws, mixture_of
 from duet_ray.mixture import rows_digest
 from duet_ray.preflight import Preflight, preflight
 from duet_ray.records import SampleSpec, Trial
@@ -132,7 +132,7 @@ class Study:
             raise DuetError(f"the adapter of {spec.key} is not at {adapter}; it was moved or deleted")
         ready = preflight(self.config)
         self._check_inputs(ready)
-        mixture = mixture_of(ready.config, spec, load_probabilities(self._assignment(ready), ready.config))
+        mixture = mixture_of(ready.config, spec, load_draws(self._assignment(ready), ready.config))
         if rows_digest(mixture) != sample.rows_digest:
             raise StudyChanged(
                 f"the rows that {spec.key} was trained on cannot be drawn again: the stored weights have changed since"
@@ -168,6 +168,7 @@ class Study:
                     space=ready.space,
                     assignment=self._assignment(ready),
                     unscored=ready.unscored,
+                    n_train=[len(domain.train) for domain in ready.domains],
                     watcher=watcher,
                 )
                 status: Literal["paused", "failed", "done"] = "failed"
@@ -234,6 +235,7 @@ class Study:
             config=ready.config.model_dump(mode="json"),
             folder=str(ready.config.folder),
             domain_folders=tuple(str(domain.folder) for domain in ready.domains),
+            scoring_folders=tuple(str(domain.folder) for domain in ready.scoring_domains),
             weights_folder=str(ready.weights_folder),
             weights_keys=ready.weights_keys,
         )

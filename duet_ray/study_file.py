@@ -25,9 +25,6 @@ LATER: Mapping[str, str] = {
 """Keys of later versions: refused with a reason, so that nobody thinks they had an effect."""
 
 PLANNED: Mapping[str, Sequence[str]] = {
-    "selection.method": ("less", "tracin", "remove_harmful", "top_n", "logdet", "coreset", "indicators"),
-    "selection.solver": ("lissa",),
-    "selection.weighting.kind": ("rank",),
     "training.method": ("full",),
     "search.acquisition": ("ei", "kg", "thompson"),
     "search.kernel": ("matern", "ard", "auto", "compositional"),

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any, Self
 
 from rich.console import Group
@@ -11,6 +11,7 @@ from rich.text import Text
 
 from duet_ray.cli.console import err
 from duet_ray.config import StudyConfig
+from duet_ray.execution.broker import InFlight
 from duet_ray.records import CONFIRM_FIRST
 
 TICK_SECONDS = 30.0
@@ -36,10 +37,13 @@ class LogWatcher:
     def phase(self, text: str) -> None:
         self._line(text)
 
-    def tick(self, in_flight: Mapping[str, str]) -> None:
+    def tick(self, in_flight: Sequence[InFlight]) -> None:
         if in_flight and time.monotonic() >= self._next_tick:
             self._next_tick = time.monotonic() + TICK_SECONDS
-            self._line("  " + ", ".join(f"{key} {text}".rstrip() for key, text in sorted(in_flight.items())))
+            self._line("  " + ", ".join(sorted(f"{task.task.key} {task.text}".rstrip() for task in in_flight)))
+
+    def scored(self, domain: str, n_done: int, n_rows: int) -> None:
+        pass
 
     def changed(self) -> None:
         from duet_ray.report.status import log_line
@@ -63,7 +67,7 @@ class LiveWatcher:
     def __init__(self, config: StudyConfig) -> None:
         self._config = config
         self._live = Live(console=err, auto_refresh=False, vertical_overflow="visible", transient=True)
-        self._phase, self._in_flight, self._summary = "starting", dict[str, str](), None
+        self._phase, self._in_flight, self._summary = "starting", list[InFlight](), None
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -77,9 +81,12 @@ class LiveWatcher:
         self._phase = text
         self._draw()
 
-    def tick(self, in_flight: Mapping[str, str]) -> None:
-        self._in_flight = dict(in_flight)
+    def tick(self, in_flight: Sequence[InFlight]) -> None:
+        self._in_flight = list(in_flight)
         self._draw()
+
+    def scored(self, domain: str, n_done: int, n_rows: int) -> None:
+        pass
 
     def changed(self) -> None:
         self._summary = _summary(self._config)
@@ -90,12 +97,13 @@ class LiveWatcher:
 
         with self._lock:
             parts: list[Any] = [Text(self._phase, style="bold")]
-            others = {k: v for k, v in self._in_flight.items() if not k.startswith(("t0", "c0"))}
-            parts += [Text(f"  {key}  {text}", style="dim") for key, text in sorted(others.items())]
+            scoring = sorted(f"  {t.task.key}  {t.text}" for t in self._in_flight if t.task.kind != "sample")
+            parts += [Text(line, style="dim") for line in scoring]
             if self._summary is not None:
                 left = seconds_left(self._config, self._summary)
+                samples = {t.task.key: t.text for t in self._in_flight if t.task.kind == "sample"}
                 table = trial_table(
-                    self._summary, in_flight=self._in_flight, seconds_left=left, max_rows=max(4, err.height - 12)
+                    self._summary, in_flight=samples, seconds_left=left, max_rows=max(4, err.height - 12)
                 )
                 parts.insert(0, table)
             self._live.update(Group(*parts), refresh=True)

@@ -68,6 +68,14 @@ class RowSet:
         batches = [self._batch(b).column("n_tokens").to_numpy() for b in range(self._file.num_record_batches)]
         return np.concatenate([np.zeros(0, np.int32), *batches])
 
+    def same_rows(self, other: "RowSet") -> bool:
+        """Whether the other set holds the same rows of the same sources in the same order, however tokenised."""
+        if len(self) != len(other) or self._files != other._files:
+            return False
+        numbers = range(self._file.num_record_batches)
+        columns = ["file", "line", "prompt", "completion"]
+        return all(self._batch(b).select(columns).equals(other._batch(b).select(columns)) for b in numbers)
+
     def row(self, i: int) -> TokenRow:
         """The row with id `i`."""
         return self.rows([i])[0]

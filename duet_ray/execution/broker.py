@@ -25,15 +25,15 @@ START_SECONDS = 900.0
 MAX_BARREN_STARTS = 4
 """A group that starts this often without finishing a task is not unlucky: it dies while loading, or at its task."""
 
-TaskKind = Literal["sample", "score"]
+TaskKind = Literal["sample", "prepare", "score", "weigh"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """One piece of work for a group.
 
-    `sample`: train (unless it is the base model, or trained already) and measure one sample; `score`: weigh the rows
-    of one domain.
+    `sample`: train (unless it is the base model, or trained already) and measure one sample. The others weigh the rows
+    of one domain, in this order: `prepare`, then `score` for each of its shards, then `weigh`.
     """
 
     key: str
@@ -41,6 +41,7 @@ class Task:
     kind: TaskKind
     spec: SampleSpec | None = None
     domain: int | None = None
+    shard: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +56,35 @@ class Outcome:
     n_retries: int = 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class InFlight:
+    """A task under way, and how far it is."""
+
+    task: Task
+    stage: str = ""
+    done: int = 0
+    total: int = 0
+    """`done` of `total` steps of the stage; 0 where that is not known."""
+
+    @property
+    def text(self) -> str:
+        return f"{self.stage} {self.done}/{self.total}" if self.total else self.stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pulse:
+    """What the driver learns a few times a second."""
+
+    finished: tuple[Outcome, ...]
+    in_flight: tuple[InFlight, ...]
+
+
 @dataclass
 class _Lease:
     task: Task
     number: int
     group: int
-    progress: str = ""
+    progress: InFlight
 
 
 class Broker:
@@ -150,13 +174,14 @@ class Broker:
             return "wait", None, 0
         task = self._queue.popleft()
         self._n_leases += 1
-        self._leases[task.key] = _Lease(task, self._n_leases, group)
+        self._leases[task.key] = _Lease(task, self._n_leases, group, InFlight(task=task))
         return "task", task, self._n_leases
 
-    def progress(self, key: str, number: int, text: str) -> None:
+    def progress(self, key: str, number: int, stage: str, done: int, total: int) -> None:
         """Say how far a task is; a stale lease is ignored."""
         if self._holds(key, number):
-            self._leases[key].progress = text
+            lease = self._leases[key]
+            lease.progress = InFlight(task=lease.task, stage=stage, done=done, total=total)
 
     def complete(self, key: str, number: int, result: Mapping[str, Any]) -> bool:
         """Hand in a result.
@@ -212,9 +237,21 @@ class Broker:
         """The outcomes from the `index`-th on, in the order they came: the driver's way to read each just once."""
         return self._finished[index:]
 
-    def in_flight(self) -> dict[str, str]:
-        """Task key → how far it is, for those leased now."""
-        return {key: lease.progress for key, lease in self._leases.items()}
+    def in_flight(self) -> tuple[InFlight, ...]:
+        """The tasks leased now."""
+        return tuple(lease.progress for lease in self._leases.values())
+
+    def pulse(self, index: int, lost: Sequence[int]) -> Pulse:
+        """All that the driver says and asks a few times a second, in one call.
+
+        Args:
+            index: as for `finished_since`.
+            lost: groups whose run has ended.
+        """
+        for group in lost:
+            self.group_lost(group)
+        self.sweep()
+        return Pulse(finished=tuple(self.finished_since(index)), in_flight=self.in_flight())
 
     def _holds(self, key: str, number: int) -> bool:
         return key in self._leases and self._leases[key].number == number

@@ -10,14 +10,14 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from duet_ray.errors import DuetError, FeedbackError, SelectionError
 from duet_ray.execution.broker import Task
-from duet_ray.execution.worker import Assignment, Worker, is_disk_full
+from duet_ray.execution.worker import Assignment, Progress, Worker, is_disk_full
 
 log = logging.getLogger(__name__)
 
@@ -93,8 +93,7 @@ def _do(worker: Worker, broker: Any, task: Task, lease: int) -> None:
             assert task.spec is not None
             result = worker.do_sample(task.spec, lease, progress).to_json()
         else:
-            assert task.domain is not None
-            result = worker.do_score(task.domain, progress)
+            result = worker.do_scoring(task, progress)
     except SelectionError as error:
         # Final: the same rows and the same model would fail again.
         ray.get(broker.complete.remote(task.key, lease, {"error": str(error)}))
@@ -163,15 +162,15 @@ def _heartbeat(broker: Any, group: int) -> Iterator[_Life]:
         finished.set()
 
 
-def _progress(broker: Any, key: str, lease: int) -> Callable[[str], None]:
+def _progress(broker: Any, key: str, lease: int) -> Progress:
     """A progress function that speaks at most twice a second and never waits for an answer."""
     last = 0.0
 
-    def say(text: str) -> None:
+    def say(stage: str, done: int = 0, total: int = 0) -> None:
         nonlocal last
         if (now := time.monotonic()) - last >= 0.5:
             last = now
-            broker.progress.remote(key, lease, text)
+            broker.progress.remote(key, lease, stage, done, total)
 
     return say
 

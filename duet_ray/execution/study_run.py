@@ -9,7 +9,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,13 +19,14 @@ from typing import Any, Protocol
 from duet_ray.config import StudyConfig
 from duet_ray.errors import DuetError, ResourceError, SelectionError, StudyFailed
 from duet_ray.execution.artifacts import adopt_finished, best_trials, leave_result, prune_adapters, sample_folder
-from duet_ray.execution.broker import Outcome, Task, start_broker
+from duet_ray.execution.broker import InFlight, Outcome, Task, start_broker
 from duet_ray.execution.fleet import Fleet, ray_session
-from duet_ray.execution.trial import run_trial, sample_result, sample_tasks
+from duet_ray.execution.trial import run_trial, sample_result, sample_tasks, scoring_tasks
 from duet_ray.execution.worker import Assignment
 from duet_ray.records import BASE_TRIAL, CONFIRM_FIRST, Trial
 from duet_ray.reduce import failure_reason, reduce_samples
 from duet_ray.search import Proposer, SimplexSpace
+from duet_ray.selection import n_shards
 from duet_ray.store import Store
 
 log = logging.getLogger(__name__)
@@ -42,13 +43,21 @@ class Watcher(Protocol):
         """A new part of the run begins."""
         ...
 
-    def tick(self, in_flight: Mapping[str, str]) -> None:
-        """A few times a second: the samples under way and how far they are."""
+    def tick(self, in_flight: Sequence[InFlight]) -> None:
+        """A few times a second: the tasks under way and how far they are."""
+        ...
+
+    def scored(self, domain: str, n_done: int, n_rows: int) -> None:
+        """So many rows of a domain are measured; all of them and once more when it is weighed."""
         ...
 
     def changed(self) -> None:
         """The store has something new."""
         ...
+
+
+Way = Generator[Sequence[Task], list[Outcome], str | None]
+"""Yields tasks to be done together, is sent their outcomes, and returns what it failed of."""
 
 
 class SilentWatcher:
@@ -57,7 +66,10 @@ class SilentWatcher:
     def phase(self, text: str) -> None:
         pass
 
-    def tick(self, in_flight: Mapping[str, str]) -> None:
+    def tick(self, in_flight: Sequence[InFlight]) -> None:
+        pass
+
+    def scored(self, domain: str, n_done: int, n_rows: int) -> None:
         pass
 
     def changed(self) -> None:
@@ -78,6 +90,8 @@ class StudyRun:
     assignment: Assignment
     unscored: Sequence[int]
     """Domains whose weights are not stored yet."""
+    n_train: Sequence[int]
+    """Training rows per domain."""
     watcher: Watcher = field(default_factory=SilentWatcher)
 
     def __post_init__(self) -> None:
@@ -139,19 +153,37 @@ class StudyRun:
     def _measure_base_and_score(self, *, measure_base: bool = True) -> None:
         """The untouched model's value, and the weights that are not stored yet; both before any ratio is tried."""
         base = self._base_tasks() if measure_base else []
-        scores = [Task(key=f"score-{self.config.domains[i].name}", kind="score", domain=i) for i in self.unscored]
         parts = ["measuring the untouched model"] if base else []
-        parts += [f"scoring the rows of {len(scores)} domains"] if scores else []
+        n_domains = len(self.unscored)
+        parts += [f"scoring the rows of {n_domains} domain{'s'[: n_domains != 1]}"] if n_domains else []
         if not parts:
             return
         self.watcher.phase(" and ".join(parts))
-        self._submit([*base, *scores])
-        if base:
-            self._do(base)
-            self._observe_base()
-        errors = [outcome.reason or outcome.result.get("error") for outcome in self._do(scores)]
-        if any(errors):
-            raise SelectionError("\n".join(error for error in errors if error))
+        ways = [self._weigh(domain) for domain in self.unscored]
+        errors = self._do_all([*([self._measure_base(base)] if base else []), *ways])
+        if errors:
+            raise SelectionError("\n".join(errors))
+
+    def _measure_base(self, tasks: Sequence[Task]) -> Way:
+        yield tasks
+        self._observe_base()
+        return None
+
+    def _weigh(self, domain: int) -> Way:
+        """The way of one domain to its weights: prepare it, then all its shards at once, then weigh it."""
+        name, n_rows = self.config.domains[domain].name, self.n_train[domain]
+        size = self.config.selection.shard_rows
+        n_done = 0
+        self.watcher.scored(name, 0, n_rows)
+        for tasks in scoring_tasks(domain, name, n_shards(n_rows, size)):
+            outcomes = yield tasks
+            if errors := [error for o in outcomes if (error := o.reason or o.result.get("error"))]:
+                return str(errors[0])
+            if tasks[0].kind == "score":
+                n_done = n_rows
+            self.watcher.scored(name, n_done, n_rows)
+        self.watcher.changed()
+        return None
 
     def _base_tasks(self) -> list[Task]:
         """The task that measures the base; none when it is measured. A base that failed stays failed."""
@@ -294,21 +326,54 @@ class StudyRun:
         self._check()
         return outcomes
 
+    def _do_all(self, ways: Sequence[Way]) -> list[str]:
+        """Go several ways side by side, each a sequence of tasks to be done one after the other.
+
+        Returns:
+            What ended some of the ways before their end.
+        """
+        import ray
+
+        under_way: dict[int, tuple[Way, list[str]]] = {}
+        errors: list[str] = []
+
+        def go_on(index: int, way: Way, outcomes: list[Outcome] | None) -> None:
+            try:
+                tasks = way.send(outcomes) if outcomes is not None else next(way)
+            except StopIteration as end:
+                under_way.pop(index, None)
+                errors.extend([end.value] if end.value else [])
+            else:
+                self._submit(tasks)
+                under_way[index] = way, [task.key for task in tasks]
+
+        for index, way in enumerate(ways):
+            go_on(index, way, None)
+        with self._closing_on_trouble():
+            while under_way:
+                self._pump()
+                self._check()
+                for index, (way, keys) in list(under_way.items()):
+                    if (outcomes := ray.get(self._broker.outcomes.remote(keys))) is not None:
+                        self._pump()
+                        self._check()
+                        go_on(index, way, outcomes)
+                time.sleep(PUMP_SECONDS)
+        return errors
+
     def _pump(self) -> None:
         """Store what has finished, renew the lease, see that all is well."""
         import ray
 
         with self._pump_lock:
-            for outcome in ray.get(self._broker.finished_since.remote(self._n_pumped)):
+            pulse = ray.get(self._broker.pulse.remote(self._n_pumped, list(self._fleet.ended())))
+            for outcome in pulse.finished:
                 self._record(outcome)
                 self._n_pumped += 1
         if time.monotonic() >= self._next_renewal:
             self._next_renewal = time.monotonic() + RENEW_SECONDS
             self.store.renew()
-        for group in self._fleet.ended():
-            ray.get(self._broker.group_lost.remote(group))
-        ray.get(self._broker.sweep.remote())
-        self.watcher.tick(ray.get(self._broker.in_flight.remote()))
+        self.watcher.tick(pulse.in_flight)
 
     def _record(self, outcome: Outcome) -> None:
         """Store one finished sample; leave its result in its folder where its worker could not."""

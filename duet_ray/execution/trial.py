@@ -21,6 +21,15 @@ def sample_tasks(trial: int, kind: TrialKind, ratio: Ratio | None, samples: Sequ
     return [Task(key=spec.key, kind="sample", spec=spec) for spec in specs]
 
 
+def scoring_tasks(domain: int, name: str, n_shards: int) -> list[list[Task]]:
+    """The tasks that weigh a domain: those in one list may be done side by side, the lists one after the other."""
+    return [
+        [Task(key=f"prepare-{name}", kind="prepare", domain=domain)],
+        [Task(key=f"score-{name}-{s}", kind="score", domain=domain, shard=s) for s in range(n_shards)],
+        [Task(key=f"weigh-{name}", kind="weigh", domain=domain)],
+    ]
+
+
 def sample_result(outcome: Outcome) -> SampleResult | None:
     """A sample as its outcome tells it; None when the study was stopped before it ended."""
     assert outcome.task.spec is not None

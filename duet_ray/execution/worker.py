@@ -7,30 +7,34 @@ import errno
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, Protocol
 
 from duet_ray.config import StudyConfig, config_from
-from duet_ray.domains import Domain, open_domain
-from duet_ray.errors import FeedbackError, NoValueError, SampleFailed, StoreError
+from duet_ray.domains import BadRow, Domain, EncodeSettings, encode_rows, open_domain, read_rows
+from duet_ray.errors import DataError, FeedbackError, NoValueError, SampleFailed, SelectionError, StoreError
 from duet_ray.execution.artifacts import leave_result, read_json, read_result, sample_folder
+from duet_ray.execution.broker import Task
 from duet_ray.feedback import make_feedback
 from duet_ray.files import new_folder, write_json
-from duet_ray.mixture import draw_mixture, rows_digest
-from duet_ray.records import Mixture, SampleResult, SampleSpec
+from duet_ray.mixture import DrawBy, RowOrder, draw_mixture, rows_digest
+from duet_ray.records import Mixture, SampleResult, SampleSpec, TokenRow
 from duet_ray.seeds import child_seed
-from duet_ray.selection import load_weights, make_selector, save_weights
-from duet_ray.selection.base import SelectionContext
+from duet_ray.selection import Scoring, SelectionContext, load_weights, n_drawn, save_weights
 from duet_ray.training import load_base, make_trainer
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[str], None]
+
+class Progress(Protocol):
+    """Is told how far a task is."""
+
+    def __call__(self, stage: str, done: int = 0, total: int = 0) -> None:
+        """`done` of `total` steps of a stage; 0 where that is not known."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,8 @@ class Assignment:
     folder: str
     """The folder that its relative paths are taken from."""
     domain_folders: tuple[str, ...]
+    scoring_folders: tuple[str, ...]
+    """The same domains as the model that scores them has them."""
     weights_folder: str
     weights_keys: tuple[str, ...]
 
@@ -72,8 +78,16 @@ class Worker:
         return [open_domain(Path(folder), index=i) for i, folder in enumerate(self._assignment.domain_folders)]
 
     @cached_property
-    def _weights(self) -> list[np.ndarray]:
-        return load_probabilities(self._assignment, self._config)
+    def _weights(self) -> list[DrawBy]:
+        return load_draws(self._assignment, self._config)
+
+    @cached_property
+    def _surrogate(self) -> tuple[Any, Any]:
+        return load_base(self._config.for_scoring)
+
+    @cached_property
+    def _examples(self) -> list[TokenRow]:
+        return read_examples(self._config, self._scoring_model()[1])
 
     def preload(self) -> None:
         """Load the model now rather than inside the first task."""
@@ -128,27 +142,48 @@ class Worker:
                 self._trainer.reset()
         return leave_result(folder, result)
 
-    def do_score(self, index: int, progress: Progress) -> dict[str, Any]:
-        """Weigh the rows of one domain and store the weights; found in place, nothing is computed."""
-        domain = self._domains[index]
-        key = self._assignment.weights_keys[index]
+    def do_scoring(self, task: Task, progress: Progress) -> dict[str, Any]:
+        """One step on a domain's way to its weights; found done, nothing is computed.
+
+        Raises:
+            SelectionError: the domain cannot be scored.
+        """
+        assert task.domain is not None
+        key = self._assignment.weights_keys[task.domain]
         folder = Path(self._assignment.weights_folder)
+        scoring = self._scoring(task.domain, progress)
         if load_weights(folder, key) is None:
-            selector = make_selector(self._config.selection)
             if "_trainer" in self.__dict__:
                 self._trainer.reset()
-            weights = selector.select(
-                domain,
-                SelectionContext(
-                    settings=self._config.selection,
-                    training=self._config.training,
-                    seed=self._config.seed,
-                    load_base=lambda: self._base,
-                    on_progress=lambda stage, done, total: progress(f"{stage} {done}/{total}"),
-                ),
-            )
-            save_weights(folder, key, weights)
-        return {"domain": domain.name}
+            if task.kind == "prepare":
+                scoring.prepare()
+            elif task.kind == "score":
+                assert task.shard is not None
+                scoring.measure(task.shard)
+            else:
+                save_weights(folder, key, scoring.weigh())
+        if task.kind == "weigh":
+            scoring.remove()
+        return {"domain": scoring.domain.name}
+
+    def _scoring(self, index: int, progress: Progress) -> Scoring:
+        settings = self._config.selection
+        domain = open_domain(Path(self._assignment.scoring_folders[index]), index=index)
+        context = SelectionContext(
+            settings=settings,
+            training=self._config.training,
+            seed=self._config.seed,
+            load_base=self._scoring_model,
+            on_progress=progress,
+            n_drawn=n_drawn(self._config, index, len(domain.train)),
+            embedding_model=model_place(self._config, settings.embedding_model),
+            examples=self._examples if settings.examples else (),
+        )
+        place = self._config.study_folder / "scoring" / self._assignment.weights_keys[index]
+        return Scoring(domain, context, place)
+
+    def _scoring_model(self) -> tuple[Any, Any]:
+        return self._base if self._config.selection.surrogate is None else self._surrogate
 
     def _measure_also(self, spec: SampleSpec, seed: int) -> dict[str, float]:
         """The measurements that are shown and never told; one that fails is left out, and costs no sample."""
@@ -184,7 +219,7 @@ class Worker:
         ]
         seed = child_seed(self._config.seed, "train", spec.trial, spec.sample)
         report = self._trainer.train(
-            rows, seed=seed, on_step=lambda done, total: progress(f"training {done}/{total}")
+            rows, seed=seed, on_step=lambda done, total: progress("training", done, total)
         ).to_json()
         with new_folder(folder / "adapter") as temporary:
             self._trainer.save(temporary)
@@ -192,22 +227,26 @@ class Worker:
         return report
 
 
-def load_probabilities(assignment: Assignment, config: StudyConfig) -> list[np.ndarray]:
-    """Per domain, the stored row probabilities.
+def load_draws(assignment: Assignment, config: StudyConfig) -> list[DrawBy]:
+    """Per domain, what its rows are drawn by: the stored probabilities, or the stored order.
 
     Raises:
         StoreError: a domain has no stored weights.
     """
-    loaded = []
+    loaded: list[DrawBy] = []
     for name, key in zip(config.domain_names, assignment.weights_keys, strict=True):
         weights = load_weights(Path(assignment.weights_folder), key)
-        if weights is None or weights.probabilities is None:
+        if weights is None:
             raise StoreError(f"domain {name} has no stored weights; `duet score` computes them")
-        loaded.append(weights.probabilities)
+        if weights.probabilities is not None:
+            loaded.append(weights.probabilities)
+        else:
+            assert weights.order is not None
+            loaded.append(RowOrder(weights.order, config.selection.pool))
     return loaded
 
 
-def mixture_of(config: StudyConfig, spec: SampleSpec, weights: list[np.ndarray]) -> Mixture:
+def mixture_of(config: StudyConfig, spec: SampleSpec, weights: Sequence[DrawBy]) -> Mixture:
     """The rows of a sample: a function of the study file and the sample's place, wherever it is called."""
     assert spec.ratio is not None
     return draw_mixture(
@@ -220,6 +259,35 @@ def mixture_of(config: StudyConfig, spec: SampleSpec, weights: list[np.ndarray])
         when_short=config.mixture.when_short,
         names=config.domain_names,
     )
+
+
+def read_examples(config: StudyConfig, tokenizer: Any) -> list[TokenRow]:
+    """The task's examples at `selection.examples`, tokenised for the model that scores.
+
+    Raises:
+        SelectionError: there is no such file, or a row of it is bad.
+    """
+    assert config.selection.examples is not None
+    file = config.resolve_path(config.selection.examples)
+    try:
+        rows = list(read_rows([file], "prompt_completion", {}, setting="selection.examples"))
+        sound = [row for row in rows if not isinstance(row, BadRow)]
+        encoded = [*encode_rows(sound, tokenizer, EncodeSettings.from_config(config))]
+    except DataError as error:
+        raise SelectionError(f"selection.examples: {error}") from error
+    if bad := [row for row in (*rows, *encoded) if isinstance(row, BadRow)]:
+        raise SelectionError(f"selection.examples: {len(bad)} bad rows, the first: {bad[0]}")
+    if not encoded:
+        raise SelectionError(f"selection.examples: {file} has no rows")
+    return [row.tokens for row in encoded if not isinstance(row, BadRow)]
+
+
+def model_place(config: StudyConfig, path: str | None) -> str | None:
+    """The absolute folder of a model that lies beside the study file; a hub id unchanged."""
+    if path is None:
+        return None
+    local = config.resolve_path(path)
+    return str(local) if local.is_dir() else path
 
 
 def feedback_name(settings: Any) -> str:

@@ -58,6 +58,24 @@ class RowList:
 
 
 @dataclass(frozen=True)
+class RowView:
+    """Some rows of a larger set, read when they are asked for."""
+
+    source: Rows
+    ids: np.ndarray
+
+    @property
+    def n_tokens(self) -> np.ndarray:
+        return self.source.n_tokens[self.ids]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def rows(self, ids: Sequence[int]) -> list[TokenRow]:
+        return self.source.rows([int(self.ids[i]) for i in ids])
+
+
+@dataclass(frozen=True)
 class AdaptedModel:
     """A model with LoRA adapters attached, in eval mode, and how to feed it."""
 

@@ -8,57 +8,47 @@ H⁻¹v once, and score every training row by one dot product with its gradient 
 Eq. 6 of the paper has a minus sign: it is the change of the validation loss when the row is weighted up, so lower is
 better there. Here higher is more helpful. Influence finds rows that do harm (nonsense, wrong answers) well; it says
 nothing of how useful a clean row is for the task that no one can see.
-
-It comes after fine-tuning and never before: LoRA's B starts at zero, and with it every gradient of A is zero.
 """
 
-import hashlib
 import math
-import time
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.torch import load_file, save_file
 
 from duet_ray.config import SelectionConfig
-from duet_ray.errors import SampleFailed, SelectionError
-from duet_ray.seeds import child_seed
-from duet_ray.selection.base import RowWeights, SelectionContext
-from duet_ray.selection.gradients import AdaptedModel, RowList, Vector, ghost_products, mean_gradient
+from duet_ray.errors import SelectionError
+from duet_ray.selection.base import Findings, RowWeights, SelectionContext
+from duet_ray.selection.fitting import FIT, FIT_ROWS, HESSIAN_ROWS, LABELS, domain_seed, rows_of, scoring_model, subset
+from duet_ray.selection.gradients import AdaptedModel, RowList, RowView, Vector, ghost_products, mean_gradient
 from duet_ray.selection.hessian import Ekfac, GaussNewton, conjugate_gradient, dot, eager_attention, mean_eigenvalue
-from duet_ray.selection.weighting import weigh
-from duet_ray.training import Trainer, TrainReport, make_trainer
+from duet_ray.selection.weighting import from_scores
 
-_FIT, _FIT_ROWS, _HESSIAN_ROWS, _LABELS = range(4)
-"""Uses of the "select" purpose: each has a stream of its own."""
+ADAPTER, DIRECTION = "adapter", "direction.safetensors"
 
 
 class Influence:
-    """Influence functions over LoRA adapters, with EK-FAC or conjugate gradients."""
+    """Influence functions over LoRA adapters, with EK-FAC, conjugate gradients or LiSSA."""
 
     name = "influence"
-    needs_model = True
 
-    def select(self, domain: Any, context: SelectionContext) -> RowWeights:
-        n_rows = len(domain.train)
-        if n_rows == 0:
-            raise SelectionError(f"domain {domain.name}: there are no training rows to score; check its source")
-        if n_rows == 1:
-            note = "there is one training row only: nothing to choose between"
-            return RowWeights(probabilities=np.ones(1), notes=(note,))
-        if len(domain.validation) == 0:
-            raise SelectionError(
-                f"domain {domain.name}: influence needs validation rows, and none of its {n_rows} rows is held out; "
-                "raise data.validation_fraction, add rows, or use selection.method: uniform"
-            )
-        try:
-            return _Scoring(domain, context).weights()
-        except SampleFailed as error:
-            raise SelectionError(f"domain {domain.name}: the model to score with did not train: {error}") from error
+    def prepare(self, domain: Any, context: SelectionContext, folder: Path) -> Findings:
+        return _Preparation(domain, context).run(folder)
+
+    def measure(self, domain: Any, rows: np.ndarray, context: SelectionContext, folder: Path) -> np.ndarray:
+        with scoring_model(context) as scoring:
+            scoring.trainer.load(folder / ADAPTER)
+            adapted = scoring.adapted
+            direction = _load_vector(folder / DIRECTION, adapted)
+            return ghost_products(adapted, RowView(domain.train, rows), direction, context.progress("score", len(rows)))
+
+    def weigh(self, domain: Any, measured: np.ndarray, context: SelectionContext, folder: Path) -> RowWeights:
+        return from_scores(measured, context.settings, domain.name)
 
 
-class _Scoring:
-    """One domain's way from the base model to weights."""
+class _Preparation:
+    """One domain's way from the base model to the vector that every row is compared with."""
 
     def __init__(self, domain: Any, context: SelectionContext) -> None:
         self.domain = domain
@@ -67,44 +57,35 @@ class _Scoring:
         self.details: dict[str, float] = {}
         self.notes: list[str] = []
 
-    def weights(self) -> RowWeights:
-        started = time.perf_counter()
-        model, tokenizer = self.context.load_base()
-        own = {name: value for name in ("epochs", "target_modules") if (value := getattr(self.settings, name))}
-        trainer = make_trainer(self.context.training.model_copy(update=own), model, tokenizer)
-        try:
-            self.fit(trainer)
-            pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-            adapted = AdaptedModel.of(trainer.model, pad_id=pad_id or 0, batch_size=self.settings.batch_size)
-            direction = self.inverse_hessian(adapted, self.validation_gradient(adapted))
-            scores = ghost_products(
-                adapted, self.domain.train, direction, self.progress("score", len(self.domain.train))
+    def run(self, folder: Path) -> Findings:
+        with scoring_model(self.context) as scoring:
+            ids = subset(self.context, self.domain, self.settings.n_fit_rows, FIT_ROWS)
+            report = scoring.trainer.train(
+                rows_of(self.domain, ids),
+                seed=domain_seed(self.context, self.domain, FIT),
+                on_step=lambda done, total: self.context.progress("fit", total)(done),
             )
-        finally:
-            trainer.reset()
-        probabilities, notes = weigh(scores, self.settings.weighting, self.domain.name)
-        self.details["seconds"] = time.perf_counter() - started
-        return RowWeights(scores=scores, probabilities=probabilities, notes=(*self.notes, *notes), details=self.details)
-
-    def fit(self, trainer: Trainer) -> TrainReport:
-        """Fine-tune on the domain, or on `n_fit_rows` of it."""
-        ids = self.subset(self.settings.n_fit_rows, _FIT_ROWS)
-        report = trainer.train(self.domain.train.rows(ids), seed=self.seed(_FIT), on_step=self.stage("fit"))
-        self.details |= {"fit_rows": float(report.n_rows), "fit_loss": report.last_loss}
-        return report
+            self.details |= {"fit_rows": float(report.n_rows), "fit_loss": report.last_loss}
+            scoring.trainer.save(folder / ADAPTER)
+            adapted = scoring.adapted
+            direction = self.inverse_hessian(adapted, self.validation_gradient(adapted))
+            save_file(
+                {name: v.contiguous() for name, v in zip(adapted.names, direction, strict=True)}, folder / DIRECTION
+            )
+        return Findings(details=self.details, notes=tuple(self.notes))
 
     def validation_gradient(self, adapted: AdaptedModel) -> Vector:
         try:
             loss, gradient = mean_gradient(adapted, self.domain.validation)
         except SelectionError as error:
             raise SelectionError(
-                f"domain {self.domain.name}: the validation loss has no gradient: {error}; raise training.max_tokens, "
+                f"the validation loss has no gradient: {error}; raise training.max_tokens, "
                 "or use selection.method: uniform"
             ) from error
         size = math.sqrt(dot(gradient, gradient)) if math.isfinite(loss) else math.nan
         if not math.isfinite(size):
             raise SelectionError(
-                f"domain {self.domain.name}: the gradient of the validation loss is not finite (loss {loss:g}); "
+                f"the gradient of the validation loss is not finite (loss {loss:g}); "
                 "lower training.learning_rate, set model.dtype: float32, or use selection.method: uniform"
             )
         self.details |= {"validation_rows": float(len(self.domain.validation)), "validation_loss": loss}
@@ -112,15 +93,17 @@ class _Scoring:
 
     def inverse_hessian(self, adapted: AdaptedModel, gradient: Vector) -> Vector:
         """(F + λI)⁻¹ gradient, λ = `selection.damping` × the mean eigenvalue of F."""
-        rows = RowList(self.domain.train.rows(self.subset(self.settings.n_hessian_rows, _HESSIAN_ROWS)))
+        ids = subset(self.context, self.domain, self.settings.n_hessian_rows, HESSIAN_ROWS)
+        rows = RowList(rows_of(self.domain, ids))
+        labels = domain_seed(self.context, self.domain, LABELS)
         self.details["hessian_rows"] = float(len(rows))
         if self.settings.solver == "cg":
-            return self.by_conjugate_gradient(adapted, rows, gradient)
-        factors = Ekfac.fit(adapted, rows, self.seed(_LABELS))
+            return self.by_conjugate_gradient(adapted, rows, gradient, labels)
+        factors = Ekfac.fit(adapted, rows, labels)
         return factors.solve(gradient, self.absolute_damping(factors.mean_eigenvalue))
 
-    def by_conjugate_gradient(self, adapted: AdaptedModel, rows: RowList, gradient: Vector) -> Vector:
-        damping = self.absolute_damping(mean_eigenvalue(adapted, rows, self.seed(_LABELS)))
+    def by_conjugate_gradient(self, adapted: AdaptedModel, rows: RowList, gradient: Vector, labels: int) -> Vector:
+        damping = self.absolute_damping(mean_eigenvalue(adapted, rows, labels))
         curvature = GaussNewton(adapted, rows)
 
         def damped(vector: Vector) -> Vector:
@@ -133,11 +116,11 @@ class _Scoring:
                 gradient,
                 max_iterations=limit,
                 tolerance=tolerance,
-                on_iteration=self.progress("hessian", limit),
+                on_iteration=self.context.progress("hessian", limit),
             )
         if not math.isfinite(solution.residual):
             raise SelectionError(
-                f"domain {self.domain.name}: conjugate gradients broke down after {solution.n_iterations} iterations: "
+                f"conjugate gradients broke down after {solution.n_iterations} iterations: "
                 "a product with the Hessian is not finite; lower training.learning_rate, set model.dtype: float32, "
                 "or use selection.solver: ekfac"
             )
@@ -153,7 +136,7 @@ class _Scoring:
     def absolute_damping(self, mean: float) -> float:
         if not (math.isfinite(mean) and mean > 0):
             raise SelectionError(
-                f"domain {self.domain.name}: the Hessian's mean eigenvalue is {mean:g}, so nothing can be scored; "
+                f"the Hessian's mean eigenvalue is {mean:g}, so nothing can be scored; "
                 "train longer (selection.epochs) or with a smaller training.learning_rate, "
                 "or use selection.method: uniform"
             )
@@ -161,23 +144,7 @@ class _Scoring:
         self.details |= {"mean_eigenvalue": mean, "damping": damping}
         return damping
 
-    def subset(self, n: int | None, use: int) -> list[int]:
-        """Ids of `n` seeded training rows in ascending order, or of all."""
-        total = len(self.domain.train)
-        if n is None or n >= total:
-            return list(range(total))
-        draws = np.random.default_rng(self.seed(use))
-        return np.sort(draws.choice(total, size=n, replace=False)).tolist()
 
-    def seed(self, use: int) -> int:
-        """A seed per use and domain, by the domain's content: its place in a study does not change its scores."""
-        content = int.from_bytes(hashlib.sha256(self.domain.fingerprint.encode()).digest()[:8], "big")
-        return child_seed(self.context.seed, "select", content, use)
-
-    def stage(self, name: str) -> Callable[[int, int], None] | None:
-        report = self.context.on_progress
-        return None if report is None else lambda done, total: report(name, done, total)
-
-    def progress(self, name: str, total: int) -> Callable[[int], None] | None:
-        report = self.context.on_progress
-        return None if report is None else lambda done: report(name, done, total)
+def _load_vector(file: Path, adapted: AdaptedModel) -> Vector:
+    tensors = load_file(file, device=str(adapted.device))
+    return [tensors[name] for name in adapted.names]

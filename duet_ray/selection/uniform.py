@@ -3,22 +3,24 @@
 The baseline that any selection has to beat, and the right choice where rows are clean: it costs nothing.
 """
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from duet_ray.errors import SelectionError
-from duet_ray.selection.base import RowWeights, SelectionContext
+from duet_ray.selection.base import Findings, RowWeights, SelectionContext
 
 
 class Uniform:
     """The same probability for every row."""
 
     name = "uniform"
-    needs_model = False
 
-    def select(self, domain: Any, context: SelectionContext) -> RowWeights:
-        n_rows = len(domain.train)
-        if n_rows == 0:
-            raise SelectionError(f"domain {domain.name}: there are no training rows to draw from; check its source")
-        return RowWeights(probabilities=np.full(n_rows, 1 / n_rows))
+    def prepare(self, domain: Any, context: SelectionContext, folder: Path) -> Findings:
+        return Findings()
+
+    def measure(self, domain: Any, rows: np.ndarray, context: SelectionContext, folder: Path) -> np.ndarray:
+        return np.ones(len(rows))
+
+    def weigh(self, domain: Any, measured: np.ndarray, context: SelectionContext, folder: Path) -> RowWeights:
+        return RowWeights(probabilities=measured / len(measured))

@@ -6,72 +6,103 @@
 A folder is written under another name, flushed to the disk and renamed, and its arrays are checked against their hash
 on the way in: one that is half written or damaged is never read, but scored again. No pickle is written or read.
 
-The weighting (`selection.weighting`) is no part of the fingerprint: another temperature reweighs the stored scores
-within milliseconds instead of scoring again for hours.
+What is made of the scores is no part of the fingerprint: another temperature, another weighting, or `remove_harmful`
+in place of `influence`, takes the stored scores within milliseconds instead of scoring again for hours.
 """
 
 import hashlib
 import io
 import json
-import os
 import re
 import shutil
-import uuid
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from duet_ray.config import StudyConfig, WeightingConfig, fingerprint
+from duet_ray.config import SelectionConfig, StudyConfig, fingerprint
+from duet_ray.files import new_folder, remove_stale, write_file, write_json
 from duet_ray.selection.base import RowWeights
-from duet_ray.selection.weighting import weigh
+from duet_ray.selection.methods import method_of, n_drawn, settings_read
+from duet_ray.selection.weighting import from_scores
 
-FORMAT = 1
+FORMAT = 2
 """Raised when a method's meaning changes, so that scores of an older version are not reused."""
 
-_ARRAYS = ("scores", "probabilities", "order")
+ARRAYS, ABOUT = "weights.npz", "weights.json"
+
+_NAMES = ("scores", "probabilities", "order")
 _EDGE = 1 << 20
 _WEIGHT_FILES = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
-_UNUSED_BY_SOLVER: dict[str, set[str]] = {"ekfac": {"cg_iterations", "cg_tolerance"}, "cg": set()}
-_NOT_IN_SCORES = {"method", "weighting", "batch_size", "epochs"}
 _NOT_IN_FIT = {"epochs", "micro_batch_size", "gradient_checkpointing", "max_tokens", "loss_on"}
 """Settings that change no score by more than rounding, or are in the domain's fingerprint or the key already."""
 
-
-_KEY = re.compile(r"(?P<scores>.+-[0-9a-f]{16})-(?P<kind>shift|softmax)(?:-(?P<temperature>[0-9.e+-]+))?")
+_KEY = re.compile(r"(?P<place>(?P<domain>.+)-[0-9a-f]{16})-(?P<use>plain|shift|rank|top|softmax-[^-]+.*|drop-[^-]+.*)")
 
 
 def weights_key(domain: Any, config: StudyConfig, identity: str | None = None) -> str:
     """The key of a domain's weights: `"chats-0123456789abcdef-softmax-0.5"`.
 
     Args:
-        domain: a `duet_ray.domains.Domain`, of which the name and the fingerprint are used. Its place in the study is
-            not: studies that share a domain share its scores.
-        identity: `model_identity(config)`, where it is known already.
+        domain: a `duet_ray.domains.Domain`, tokenised for the model that scores it. Studies that share a domain share
+            its scores: its place in the study counts only where an order ends at the most rows that may be drawn.
+        identity: `model_identity` of the model that scores, where it is known already.
     """
-    settings, training = config.selection, config.training
-    inputs: dict[str, Any] = {"format": FORMAT, "domain": domain.fingerprint, "method": settings.method}
-    if settings.method != "uniform":
-        unused = _UNUSED_BY_SOLVER[settings.solver] | _NOT_IN_SCORES
-        epochs = settings.epochs or training.epochs
+    settings, method = config.selection, method_of(config.selection)
+    inputs: dict[str, Any] = {
+        "format": FORMAT,
+        "domain": domain.fingerprint,
+        "method": method.scores_of or settings.method,
+    }
+    if method.needs_model:
+        read = settings_read(settings)
         inputs |= {
-            "settings": settings.model_dump(mode="json", exclude=unused),
-            "training": training.model_dump(mode="json", exclude=_NOT_IN_FIT) | {"epochs": epochs},
-            "model": identity or model_identity(config),
+            "settings": settings.model_dump(mode="json", include=set(read) - {"surrogate", "examples"}),
+            "model": identity or model_identity(config.for_scoring),
             "seed": config.seed,
         }
+        if method.fits:
+            # LESS and TracIn have a number of epochs of their own.
+            default = None if settings.method in ("less", "tracin") else config.training.epochs
+            epochs = {"epochs": settings.epochs or default}
+            inputs["training"] = config.training.model_dump(mode="json", exclude=_NOT_IN_FIT) | epochs
+        if method.gives == "order":
+            inputs["n_drawn"] = n_drawn(config, domain.index, len(domain.train))
+        if settings.embedding_model and "embedding_model" in read:
+            inputs["embedding_model"] = _path_identity(config, settings.embedding_model, None)
+        if settings.examples and "examples" in read:
+            inputs["examples"] = hashlib.sha256(config.resolve_path(settings.examples).read_bytes()).hexdigest()
+    return f"{domain.name}-{fingerprint(inputs)}-{_use(settings)}"
+
+
+def _use(settings: SelectionConfig) -> str:
+    """What is made of the scores, as the end of a key."""
+    if method_of(settings).gives != "scores":
+        return "plain"
+    if settings.method == "top_n":
+        return "top"
+    if settings.method == "remove_harmful":
+        return f"drop-{settings.harmful_fraction!r}"
     weighting = settings.weighting
-    temperature = f"-{weighting.temperature!r}" if weighting.kind == "softmax" else ""
-    return f"{domain.name}-{fingerprint(inputs)}-{weighting.kind}{temperature}"
+    return f"softmax-{weighting.temperature!r}" if weighting.kind == "softmax" else weighting.kind
 
 
-def _parse(key: str) -> tuple[str, str, WeightingConfig]:
-    """(domain, name of the folder, weighting) of a key."""
+def _settings_of(use: str) -> SelectionConfig:
+    """The settings that `_use` made a name of, as far as `from_scores` needs them."""
+    kind, _, number = use.partition("-")
+    if kind == "top":
+        return SelectionConfig(method="top_n")
+    if kind == "drop":
+        return SelectionConfig(method="remove_harmful", harmful_fraction=float(number))
+    weighting = {"kind": kind, **({"temperature": float(number)} if number else {})}
+    return SelectionConfig.model_validate({"method": "influence", "weighting": weighting})
+
+
+def _parse(key: str) -> tuple[str, str, str]:
+    """(domain, name of the folder, what is made of the scores) of a key."""
     match = _KEY.fullmatch(key)
     assert match is not None, f"not a key of weights: {key}"
-    temperature = {"temperature": float(match["temperature"])} if match["temperature"] else {}
-    weighting = WeightingConfig.model_validate({"kind": match["kind"], **temperature})
-    return match["scores"][:-17], match["scores"], weighting
+    return match["domain"], match["place"], match["use"]
 
 
 def model_identity(config: StudyConfig) -> str:
@@ -81,9 +112,14 @@ def model_identity(config: StudyConfig) -> str:
     (of a safetensors file that includes the header), so that moving the folder changes nothing. For a hub id the id
     and the revision: without a pinned revision, a model that moves on upstream goes unnoticed.
     """
-    folder = Path(config.model_path)
+    model = config.model
+    return f"{_path_identity(config, model.path, model.revision)}:{model.dtype}"
+
+
+def _path_identity(config: StudyConfig, path: str, revision: str | None) -> str:
+    folder = config.resolve_path(path)
     if not folder.is_dir():
-        return f"{config.model_path}@{config.model.revision or 'main'}:{config.model.dtype}"
+        return f"{path}@{revision or 'main'}"
     digest = hashlib.sha256()
     files = [folder / "config.json", *sorted(f for f in folder.iterdir() if f.suffix in _WEIGHT_FILES)]
     for file in filter(Path.is_file, files):
@@ -93,28 +129,29 @@ def model_identity(config: StudyConfig) -> str:
             digest.update(stream.read(_EDGE))
             stream.seek(max(0, size - _EDGE))
             digest.update(stream.read(_EDGE))
-    return f"folder:{digest.hexdigest()[:32]}:{config.model.dtype}"
+    return f"folder:{digest.hexdigest()[:32]}"
 
 
 def load_weights(folder: Path, key: str) -> RowWeights | None:
-    """The stored weights, reweighed if `key` asks for another weighting; None if there are none that are whole."""
+    """The stored weights, made anew from the scores if `key` asks for another use; None if there are none whole."""
     domain, name, wanted = _parse(key)
     place = Path(folder) / "weights" / name
     try:
-        about = json.loads((place / "weights.json").read_text(encoding="utf-8"))
-        data = (place / "weights.npz").read_bytes()
+        about = json.loads((place / ABOUT).read_text(encoding="utf-8"))
+        data = (place / ARRAYS).read_bytes()
         if hashlib.sha256(data).hexdigest() != about["sha256"]:
             return None
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in _ARRAYS if name in arrays}
-        weighting = WeightingConfig.model_validate(about["weighting"])
+            found = {name: arrays[name] for name in _NAMES if name in arrays}
+        stored = str(about["use"])
         notes, details = tuple(about["notes"]), dict(about["details"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if weighting != wanted and "scores" in found and "probabilities" in found:
-        stale = weigh(found["scores"], weighting, domain)[1]
-        found["probabilities"], fresh = weigh(found["scores"], wanted, domain)
-        notes = (*(n for n in notes if n not in stale), *fresh)
+    if stored != wanted and "scores" in found:
+        stale = from_scores(found["scores"], _settings_of(stored), domain).notes
+        fresh = from_scores(found["scores"], _settings_of(wanted), domain)
+        found = {n: v for n in _NAMES if (v := getattr(fresh, n)) is not None}
+        notes = (*(n for n in notes if n not in stale), *fresh.notes)
     return RowWeights(**found, notes=notes, details=details)
 
 
@@ -124,49 +161,25 @@ def save_weights(folder: Path, key: str, weights: RowWeights) -> Path:
     Returns:
         The folder they lie in.
     """
-    domain, name, weighting = _parse(key)
+    domain, name, use = _parse(key)
     parent = Path(folder) / "weights"
-    place, temporary = parent / name, parent / f".{name}.{uuid.uuid4().hex[:12]}.tmp"
+    place = parent / name
     stream = io.BytesIO()
-    np.savez(stream, **{n: getattr(weights, n) for n in _ARRAYS if getattr(weights, n) is not None})
+    np.savez(stream, **{n: getattr(weights, n) for n in _NAMES if getattr(weights, n) is not None})
     data = stream.getvalue()
-    about = {
-        "domain": domain,
-        "weighting": weighting.model_dump(mode="json"),
-        "notes": list(weights.notes),
-        "details": weights.details,
-        "effective_sample_size": weights.effective_sample_size,
-        "sha256": hashlib.sha256(data).hexdigest(),
-    }
-    temporary.mkdir(parents=True)
-    try:
-        _write(temporary / "weights.npz", data)
-        _write(temporary / "weights.json", json.dumps(about, indent=1, ensure_ascii=False).encode())
-        _flush_folder(temporary)
-        if place.exists() and load_weights(folder, key) is None:
-            shutil.rmtree(place)
-        if not place.exists():
-            try:
-                temporary.rename(place)
-            except OSError:  # another writer was first: the key names the content, so its weights are these
-                if not place.exists():
-                    raise
-            _flush_folder(parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    if place.exists() and load_weights(folder, key) is None:
+        shutil.rmtree(place)
+    if not place.exists():
+        remove_stale(parent, f"{domain}-*")
+        with new_folder(place) as work:
+            write_file(work / ARRAYS, data)
+            about = {
+                "domain": domain,
+                "use": use,
+                "notes": list(weights.notes),
+                "details": weights.details,
+                "effective_sample_size": weights.effective_sample_size,
+                "sha256": hashlib.sha256(data).hexdigest(),
+            }
+            write_json(work / ABOUT, about)
     return place
-
-
-def _write(file: Path, data: bytes) -> None:
-    with file.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -4,7 +4,7 @@ A trainer is made once per worker around the loaded base model and then asked fo
 leave no trace of one sample in the next.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,6 +31,20 @@ class TrainReport:
         return asdict(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """The optimizer at the end of an epoch; the weights are those in memory at that moment."""
+
+    epoch: int
+    """From 0."""
+    learning_rate: float
+    """Mean over the epoch's steps."""
+    n_steps: int
+    """Optimizer steps so far."""
+    moments: Mapping[str, tuple[Any, Any]]
+    """Name of a trained parameter → Adam's running means (m, v) of its gradient and its square, not bias-corrected."""
+
+
 class Trainer(Protocol):
     """Fine-tunes the base on a sample's rows."""
 
@@ -44,7 +58,12 @@ class Trainer(Protocol):
         ...
 
     def train(
-        self, rows: Sequence[TokenRow], *, seed: int, on_step: Callable[[int, int], None] | None = None
+        self,
+        rows: Sequence[TokenRow],
+        *,
+        seed: int,
+        on_step: Callable[[int, int], None] | None = None,
+        on_epoch: Callable[[Checkpoint], None] | None = None,
     ) -> TrainReport:
         """Fine-tune a fresh copy of the base.
 
@@ -52,6 +71,7 @@ class Trainer(Protocol):
             rows: the mixture, in any order; shuffled by `seed`.
             seed: seeds the adapter's start, the order of rows and dropout. Same rows and seed, same model.
             on_step: called after each optimizer step with (steps done, steps in all).
+            on_epoch: called at the end of each epoch, with the model in eval mode; may call `save`.
 
         Raises:
             SampleFailed: the loss is not finite, memory ran out twice, or training left the adapter untouched.

@@ -27,7 +27,7 @@ from duet_ray.config import TrainingConfig
 from duet_ray.errors import ConfigError, Problem, SampleFailed, StoreError
 from duet_ray.likelihood import autocast, collate, token_nll
 from duet_ray.records import TokenRow
-from duet_ray.training.base import TrainReport
+from duet_ray.training.base import Checkpoint, TrainReport
 from duet_ray.training.batches import effective_batches, learning_rate, micro_batch_size, micro_batches
 from duet_ray.training.memory import free_memory, is_out_of_memory
 
@@ -55,12 +55,17 @@ class LoraTrainer:
             self._adapted = None
 
     def train(
-        self, rows: Sequence[TokenRow], *, seed: int, on_step: Callable[[int, int], None] | None = None
+        self,
+        rows: Sequence[TokenRow],
+        *,
+        seed: int,
+        on_step: Callable[[int, int], None] | None = None,
+        on_epoch: Callable[[Checkpoint], None] | None = None,
     ) -> TrainReport:
         self.reset()
         try:
             with self._private_generators(seed):
-                return self._train(rows, seed, on_step)
+                return self._train(rows, seed, on_step, on_epoch)
         except (RuntimeError, MemoryError) as error:
             self.reset()
             if is_out_of_memory(error):
@@ -99,7 +104,13 @@ class LoraTrainer:
     def _device(self) -> torch.device:
         return next(self._base.parameters()).device
 
-    def _train(self, rows: Sequence[TokenRow], seed: int, on_step: Callable[[int, int], None] | None) -> TrainReport:
+    def _train(
+        self,
+        rows: Sequence[TokenRow],
+        seed: int,
+        on_step: Callable[[int, int], None] | None,
+        on_epoch: Callable[[Checkpoint], None] | None,
+    ) -> TrainReport:
         if not rows:
             raise SampleFailed("a sample needs at least one row to train on, got none")
         started = time.perf_counter()
@@ -109,6 +120,7 @@ class LoraTrainer:
         weights = [p for p in passes.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=0.0, weight_decay=self._training.weight_decay)
         losses = []
+        per_epoch = len(batches) // self._training.epochs
         with self._training_mode(passes.model):
             for step, batch in enumerate(batches):
                 rate = learning_rate(step, len(batches), self._training)
@@ -122,6 +134,10 @@ class LoraTrainer:
                 losses.append(loss)
                 if on_step is not None:
                     on_step(step + 1, len(batches))
+                if on_epoch is not None and (step + 1) % per_epoch == 0:
+                    passes.model.eval()
+                    on_epoch(self._checkpoint(passes.model, optimizer, step + 1, len(batches)))
+                    passes.model.train()
         self._check_trained(passes.model)
         return TrainReport(
             n_rows=len(rows),
@@ -131,6 +147,19 @@ class LoraTrainer:
             last_loss=losses[-1],
             micro_batch_size=passes.size,
             seconds=time.perf_counter() - started,
+        )
+
+    def _checkpoint(self, model: PeftModel, optimizer: torch.optim.Optimizer, n_done: int, n_steps: int) -> Checkpoint:
+        per_epoch = n_steps // self._training.epochs
+        rates = [learning_rate(step, n_steps, self._training) for step in range(n_done - per_epoch, n_done)]
+        state = optimizer.state
+        moments = {
+            name: (state[p]["exp_avg"], state[p]["exp_avg_sq"])
+            for name, p in model.named_parameters()
+            if p.requires_grad
+        }
+        return Checkpoint(
+            epoch=n_done // per_epoch - 1, learning_rate=sum(rates) / per_epoch, n_steps=n_done, moments=moments
         )
 
     def _attach(self) -> PeftModel:

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from duet_ray.cli import live
 from duet_ray.config import StudyConfig, config_from
+from duet_ray.execution.broker import InFlight, Task
 from duet_ray.records import Observation, Ratio, SampleResult, SampleSpec
 from duet_ray.report.from_store import read_summary
 from duet_ray.store import Store
@@ -29,6 +30,10 @@ def config(tmp_path: Path) -> StudyConfig:
     return config
 
 
+def under_way(stage: str, done: int) -> InFlight:
+    return InFlight(task=Task(key="t0001-s0", kind="sample"), stage=stage, done=done, total=3)
+
+
 def _console(monkeypatch: pytest.MonkeyPatch, *, terminal: bool) -> io.StringIO:
     shown = io.StringIO()
     console = Console(file=shown, force_terminal=terminal, width=110, height=40, color_system=None)
@@ -46,9 +51,9 @@ def test_a_log_says_each_thing_once(config: StudyConfig, monkeypatch: pytest.Mon
     with live.LogWatcher(config) as watcher:
         watcher.phase("searching")
         watcher.changed()
-        watcher.tick({"t0001-s0": "training 1/3"})
+        watcher.tick([under_way("training", 1)])
         monkeypatch.setattr(live.time, "monotonic", lambda: 1e12)
-        watcher.tick({"t0001-s0": "training 2/3"})
+        watcher.tick([under_way("training", 2)])
     lines = shown.getvalue().splitlines()
     assert sum("t0000 start uniform" in line for line in lines) == 1
     assert sum("searching" in line for line in lines) == 1
@@ -60,7 +65,8 @@ def test_the_live_table_shows_what_is_under_way(config: StudyConfig, monkeypatch
     with live.LiveWatcher(config) as watcher:
         watcher.phase("searching")
         watcher.changed()
-        watcher.tick({"t0001-s0": "training 2/3", "score-apples": "fit 1/4"})
+        score = Task(key="score-apples-0", kind="score", domain=0, shard=0)
+        watcher.tick([under_way("training", 2), InFlight(task=score, stage="fit", done=1, total=4)])
     text = shown.getvalue()
     for expected in ("t0000", "2.250", "searching", "training 2/3", "score-apples", "fit 1/4"):
         assert expected in text

@@ -21,7 +21,7 @@ from tests.toy_study import write_rows, write_toy_study
 SPEC = SampleSpec(trial=2, sample=1, kind="start", ratio=Ratio(counts=(12, 0, 12)))
 
 
-def silent(_: str) -> None:
+def silent(stage: str, done: int = 0, total: int = 0) -> None:
     pass
 
 
@@ -31,6 +31,7 @@ def make_worker(folder: Path, **changes: Any) -> tuple[Worker, Callable[[SampleS
         config=ready.config.model_dump(mode="json"),
         folder=str(folder),
         domain_folders=tuple(str(d.folder) for d in ready.domains),
+        scoring_folders=tuple(str(d.folder) for d in ready.scoring_domains),
         weights_folder=str(ready.weights_folder),
         weights_keys=ready.weights_keys,
     )
@@ -96,10 +97,10 @@ def test_a_model_trained_on_other_rows_is_not_taken(tmp_path: Path) -> None:
     (place(SPEC) / "result.json").unlink()
     report = json.loads((place(SPEC) / "trained.json").read_text())
     (place(SPEC) / "trained.json").write_text(json.dumps({**report, "rows_digest": "another"}))
-    steps: list[str] = []
-    again = worker.do_sample(SPEC, 2, steps.append)
+    steps: list[tuple[str, int, int]] = []
+    again = worker.do_sample(SPEC, 2, lambda *step: steps.append(step))
     assert again.value == expected.value
-    assert "training 3/3" in steps, "it was trained again"
+    assert ("training", 3, 3) in steps, "it was trained again"
 
 
 def test_a_sample_that_fails_has_a_reason_and_no_value(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from duet_ray.config import SelectionConfig, TrainingConfig, WeightingConfig
 from duet_ray.errors import SelectionError
 from duet_ray.records import TokenRow
-from duet_ray.selection import make_selector
+from duet_ray.selection import select as select_rows
 from duet_ray.selection.base import RowWeights, SelectionContext
 from tests.selection.toy_domain import ToyDomain, ToyRows, toy_domain
 from tests.tiny_model import tiny_llama, tiny_tokenizer
@@ -27,7 +27,7 @@ def select(domain: ToyDomain, *, seed: int = 0, model=None, on_progress=None, **
         load_base=lambda: (model, tiny_tokenizer()),
         on_progress=on_progress,
     )
-    return make_selector(chosen).select(domain, context)
+    return select_rows(domain, context)
 
 
 @pytest.mark.parametrize("solver", ["ekfac", "cg"])
@@ -121,7 +121,7 @@ def test_one_training_row_has_nothing_to_choose_between():
 
 
 def test_no_training_row_is_an_error():
-    with pytest.raises(SelectionError, match="domain letters: there are no training rows to score"):
+    with pytest.raises(SelectionError, match="domain letters: there are no training rows to choose from"):
         select(toy_domain(0, 4))
 
 
