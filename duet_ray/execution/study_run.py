@@ -98,6 +98,7 @@ class StudyRun:
         self._stop, self._ending = threading.Event(), threading.Event()
         self._pump_lock = threading.Lock()
         self._n_pumped = 0
+        self._n_measured: dict[int, int] = {}
         self._broker: Any = None
         self._broker_name = f"broker-{uuid.uuid4().hex[:12]}"
         self._next_renewal = 0.0
@@ -172,16 +173,13 @@ class StudyRun:
     def _weigh(self, domain: int) -> Way:
         """The way of one domain to its weights: prepare it, then all its shards at once, then weigh it."""
         name, n_rows = self.config.domains[domain].name, self.n_train[domain]
-        size = self.config.selection.shard_rows
-        n_done = 0
         self.watcher.scored(name, 0, n_rows)
-        for tasks in scoring_tasks(domain, name, n_shards(n_rows, size)):
+        for tasks in scoring_tasks(domain, name, n_shards(n_rows, self.config.selection.shard_rows)):
             outcomes = yield tasks
             if errors := [error for o in outcomes if (error := o.reason or o.result.get("error"))]:
                 return str(errors[0])
-            if tasks[0].kind == "score":
-                n_done = n_rows
-            self.watcher.scored(name, n_done, n_rows)
+            if tasks[0].kind != "score":
+                self.watcher.scored(name, self._n_measured.get(domain, 0), n_rows)
         self.watcher.changed()
         return None
 
@@ -377,6 +375,8 @@ class StudyRun:
 
     def _record(self, outcome: Outcome) -> None:
         """Store one finished sample; leave its result in its folder where its worker could not."""
+        if outcome.task.kind == "score" and outcome.status == "done" and "error" not in outcome.result:
+            self._shard_measured(outcome.task)
         if outcome.task.kind != "sample" or (result := sample_result(outcome)) is None:
             return
         if outcome.status == "failed":
@@ -385,6 +385,14 @@ class StudyRun:
             result = leave_result(folder, result)
         if self.store.add_sample(result):
             self.watcher.changed()
+
+    def _shard_measured(self, task: Task) -> None:
+        assert task.domain is not None
+        assert task.shard is not None
+        n_rows, size = self.n_train[task.domain], self.config.selection.shard_rows
+        n_done = self._n_measured.get(task.domain, 0) + min(size, n_rows - task.shard * size)
+        self._n_measured[task.domain] = n_done
+        self.watcher.scored(self.config.domains[task.domain].name, n_done, n_rows)
 
     @contextmanager
     def _closing_on_trouble(self) -> Iterator[None]:

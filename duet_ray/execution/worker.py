@@ -23,7 +23,7 @@ from duet_ray.files import new_folder, write_json
 from duet_ray.mixture import DrawBy, RowOrder, draw_mixture, rows_digest
 from duet_ray.records import Mixture, SampleResult, SampleSpec, TokenRow
 from duet_ray.seeds import child_seed
-from duet_ray.selection import Scoring, SelectionContext, load_weights, n_drawn, save_weights
+from duet_ray.selection import RowWeights, Scoring, SelectionContext, load_weights, n_drawn, save_weights
 from duet_ray.training import load_base, make_trainer
 
 log = logging.getLogger(__name__)
@@ -149,10 +149,8 @@ class Worker:
             SelectionError: the domain cannot be scored.
         """
         assert task.domain is not None
-        key = self._assignment.weights_keys[task.domain]
-        folder = Path(self._assignment.weights_folder)
         scoring = self._scoring(task.domain, progress)
-        if load_weights(folder, key) is None:
+        if self._weights_of(task.domain) is None:
             if "_trainer" in self.__dict__:
                 self._trainer.reset()
             if task.kind == "prepare":
@@ -161,10 +159,14 @@ class Worker:
                 assert task.shard is not None
                 scoring.measure(task.shard)
             else:
-                save_weights(folder, key, scoring.weigh())
+                key = self._assignment.weights_keys[task.domain]
+                save_weights(Path(self._assignment.weights_folder), key, scoring.weigh())
         if task.kind == "weigh":
             scoring.remove()
         return {"domain": scoring.domain.name}
+
+    def _weights_of(self, index: int) -> RowWeights | None:
+        return load_weights(Path(self._assignment.weights_folder), self._assignment.weights_keys[index])
 
     def _scoring(self, index: int, progress: Progress) -> Scoring:
         settings = self._config.selection
@@ -189,7 +191,7 @@ class Worker:
         """The measurements that are shown and never told; one that fails is left out, and costs no sample."""
         metrics = {}
         for source, settings in zip(self._also, self._config.also, strict=True):
-            name = feedback_name(settings)
+            name = settings.metric_key
             try:
                 metrics[name] = source.measure(self._trainer.model, self._base[1], seed=seed).value
             except FeedbackError as error:
@@ -288,12 +290,6 @@ def model_place(config: StudyConfig, path: str | None) -> str | None:
         return None
     local = config.resolve_path(path)
     return str(local) if local.is_dir() else path
-
-
-def feedback_name(settings: Any) -> str:
-    """How a feedback is called in tables: its given name, else its kind and metric."""
-    metric = getattr(settings, "metric", None)
-    return settings.name or (f"{settings.kind}_{metric}" if metric else settings.kind)
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -92,12 +92,26 @@ def test_the_driver_reads_each_outcome_once() -> None:
     broker = _broker("x", "y")
     for expected in ("x", "y"):
         key, number = _lease(broker)
-        broker.progress(key, number, "half")
-        assert broker.in_flight() == {expected: "half"}
+        broker.progress(key, number, "training", 1, 2)
+        assert [(t.task.key, t.text) for t in broker.in_flight()] == [(expected, "training 1/2")]
         broker.complete(key, number, {})
     assert [o.task.key for o in broker.finished_since(0)] == ["x", "y"]
     assert [o.task.key for o in broker.finished_since(1)] == ["y"]
-    assert broker.in_flight() == {}
+    assert broker.in_flight() == ()
+
+
+def test_the_pulse_is_all_in_one_call() -> None:
+    broker = _broker("x", "y")
+    key, number = _lease(broker, 0)
+    broker.complete(key, number, {})
+    _lease(broker, 1)
+    pulse = broker.pulse(0, lost=[])
+    assert [o.task.key for o in pulse.finished] == ["x"]
+    assert [t.task.key for t in pulse.in_flight] == ["y"]
+    pulse = broker.pulse(1, lost=[1])
+    assert not pulse.finished
+    assert not pulse.in_flight, "its group is lost: it waits to be leased again"
+    assert _lease(broker, 0)[0] == "y"
 
 
 def test_a_silent_group_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,16 +10,22 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
+from duet_ray.config import StudyConfig, load_config
+from duet_ray.preflight import preflight
 from duet_ray.records import Trial
+from duet_ray.selection import SelectionContext, select
 from duet_ray.store import Store
-from tests.toy_study import toy_data, write_study_file, write_toy_study
+from duet_ray.training import load_base
+from tests.toy_study import WORDS, toy_data, write_study_file, write_toy_study
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -53,9 +59,9 @@ def write_study(folder: Path, **changes: Any) -> Path:
     return path
 
 
-def start(study: Path, *arguments: str) -> subprocess.Popen[str]:
+def start(study: Path, *arguments: str, verb: str = "run") -> subprocess.Popen[str]:
     code = "import sys; from duet_ray.cli import main; main()"
-    command = [sys.executable, "-c", code, "run", str(study), *arguments]
+    command = [sys.executable, "-c", code, verb, str(study), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
@@ -198,7 +204,7 @@ def test_two_trials_at_once_on_one_group_or_on_two(tmp_path: Path) -> None:
     """With influence weights, which are scored on the fleet: how many workers there are changes nothing."""
     settings: dict[str, Any] = {
         "search__concurrent_trials": 2,
-        "selection": {"method": "influence", "n_fit_rows": 16, "n_hessian_rows": 8},
+        "selection": {"method": "influence", "n_fit_rows": 16, "n_hessian_rows": 8, "shard_rows": 20},
         "confirm": {"finalists": 0},
     }
     studies = [write_study(tmp_path / str(n), fleet__groups=n, **settings) for n in (1, 2)]
@@ -209,6 +215,35 @@ def test_two_trials_at_once_on_one_group_or_on_two(tmp_path: Path) -> None:
     one, two = (essence(trials_of(study)) for study in studies)
     assert one == two
     assert [trial[3] for trial in one] == ["done"] * 6
+
+
+def test_a_worker_is_killed_while_it_scores(tmp_path: Path, processes: list[psutil.Process]) -> None:
+    """SIGKILL inside a shard: that shard is measured again, alone, and the scores are those of a calm run."""
+    selection = {"method": "influence", "n_fit_rows": 16, "n_hessian_rows": 8, "batch_size": 1, "shard_rows": 9}
+    killed = write_study(tmp_path, selection=selection)
+    process = start(killed, verb="score")
+    scoring = killed.parent / "studies" / "toy" / "scoring"
+    wait_for(lambda: list(scoring.glob("apples-*/00001.npy")), process)
+    workers = [c for c in psutil.Process(process.pid).children(recursive=True) if "RayTrainWorker" in c.name()]
+    assert workers, "a worker process is found by the name that Ray gives it"
+    workers[0].kill()
+    code, output = finish(process)
+    assert code == 0, output
+    log = (killed.parent / "studies" / "toy" / "logs" / "group-0.log").read_text()
+    leases = Counter(line.split(": lease")[0].split()[-1] for line in log.splitlines() if ": lease" in line)
+    assert [leases[f"prepare-{name}"] for name in WORDS] == [1, 1, 1], "what all rows share is not done again"
+    assert 0 < sum(n - 1 for n in leases.values()) <= 1, "one task was under way, and is done again"
+    ready = preflight(load_config(killed))
+    for domain, weights in zip(ready.scoring_domains, ready.weights(), strict=True):
+        calm = select(domain, context_of(ready.config))
+        np.testing.assert_array_equal(weights.scores, calm.scores)
+
+
+def context_of(config: StudyConfig) -> SelectionContext:
+    """Scores a domain in this process, without a fleet."""
+    return SelectionContext(
+        settings=config.selection, training=config.training, seed=config.seed, load_base=lambda: load_base(config)
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])

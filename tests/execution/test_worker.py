@@ -7,15 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from duet_ray.config import load_config
-from duet_ray.errors import RatioError
+from duet_ray.errors import ConfigError, RatioError
 from duet_ray.execution.artifacts import read_result, sample_folder
-from duet_ray.execution.worker import Assignment, Worker, is_disk_full
+from duet_ray.execution.trial import scoring_tasks
+from duet_ray.execution.worker import Assignment, Worker, is_disk_full, mixture_of
 from duet_ray.preflight import preflight
 from duet_ray.records import BASE_TRIAL, Ratio, SampleSpec
 from duet_ray.search import Proposer, Told
+from tests.tiny_model import write_tiny_model
 from tests.toy_study import write_rows, write_toy_study
 
 SPEC = SampleSpec(trial=2, sample=1, kind="start", ratio=Ratio(counts=(12, 0, 12)))
@@ -156,14 +159,84 @@ def test_a_domain_smaller_than_the_mixture(tmp_path: Path) -> None:
 def test_scoring_is_done_once(tmp_path: Path) -> None:
     worker, _ = make_worker(tmp_path, selection={"method": "influence", "n_fit_rows": 16, "n_hessian_rows": 8})
     stages: list[str] = []
-    assert worker.do_score(0, stages.append) == {"domain": "apples"}
-    assert stages
+
+    def score(index: int) -> None:
+        for tasks in scoring_tasks(index, worker._config.domain_names[index], 1):
+            for task in tasks:
+                assert worker.do_scoring(task, lambda stage, *_: stages.append(stage))["domain"]
+
+    score(0)
+    assert set(stages) >= {"fit", "score"}
     stages.clear()
-    worker.do_score(0, stages.append)
+    score(0)
     assert not stages
     for index in (1, 2):
-        worker.do_score(index, silent)
+        score(index)
     assert worker.do_sample(SPEC, 1, silent).ok
+    assert not any((tmp_path / "studies" / "toy" / "scoring").iterdir()), "nothing is left of the steps"
+
+
+def test_a_step_of_scoring_that_is_done_is_not_done_again(tmp_path: Path) -> None:
+    """A worker that died after its step, and before the driver knew of it."""
+    settings = {"method": "influence", "n_fit_rows": 16, "n_hessian_rows": 8, "shard_rows": 20}
+    worker, _ = make_worker(tmp_path, selection=settings)
+    (prepare,), shards, (weigh,) = scoring_tasks(0, "apples", 3)
+    stages: list[str] = []
+    for task in (prepare, prepare, *shards, *shards):
+        worker.do_scoring(task, lambda stage, *_: stages.append(stage))
+    assert stages.count("fit") == 2, "two optimizer steps of one fit"
+    assert [s for s in stages if s == "score"] == ["score"] * (3 + 3 + 2), "20, 20 and 14 rows in batches of 8"
+    # Half a file of a killed worker has another name, and is not read.
+    place = next((tmp_path / "studies" / "toy" / "scoring").iterdir())
+    (place / ".00000.npy-abc").write_bytes(b"half")
+    worker.do_scoring(weigh, silent)
+    sharded = worker._weights_of(0)
+    whole, _ = make_worker(tmp_path / "whole", selection={**settings, "shard_rows": 54})
+    for task in [t for tasks in scoring_tasks(0, "apples", 1) for t in tasks]:
+        whole.do_scoring(task, silent)
+    np.testing.assert_allclose(sharded.scores, whole._weights_of(0).scores, rtol=1e-3, atol=1e-6)
+
+
+def test_rows_are_drawn_in_the_stored_order(tmp_path: Path) -> None:
+    """`top_n`: the k samples of a trial hold the same best rows, and differ by their training seed alone."""
+    worker, _ = make_worker(tmp_path, selection={"method": "top_n", "n_fit_rows": 16, "n_hessian_rows": 8})
+    for index, name in enumerate(worker._config.domain_names):
+        for task in [t for tasks in scoring_tasks(index, name, 1) for t in tasks]:
+            worker.do_scoring(task, silent)
+    first, second = (worker.do_sample(replace(SPEC, sample=s), 1, silent) for s in (0, 1))
+    assert first.rows_digest == second.rows_digest
+    assert first.value != second.value
+    order = worker._weights_of(0).order
+    best = mixture_of(worker._config, SPEC, worker._weights).rows[0]
+    assert best.tolist() == order[:12].tolist()
+
+
+def test_a_surrogate_scores_and_the_study_s_model_trains(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "small", seed=5)
+    settings = {"method": "influence", "n_fit_rows": 16, "n_hessian_rows": 8}
+    own, _ = make_worker(tmp_path, selection=settings)
+    other, _ = make_worker(tmp_path, selection={**settings, "surrogate": {"path": "small", "dtype": "float32"}})
+    for worker in (own, other):
+        for task in [t for tasks in scoring_tasks(0, "apples", 1) for t in tasks]:
+            worker.do_scoring(task, silent)
+    assert not np.allclose(own._weights_of(0).scores, other._weights_of(0).scores)
+    assert "_base" not in other.__dict__, "the study's own model was not needed"
+    same, _ = make_worker(tmp_path, selection={**settings, "surrogate": {"path": "model", "dtype": "float32"}})
+    assert same._weights_of(0) is not None, "the same model under another key of the study file has the same scores"
+
+
+def test_a_surrogate_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+    write_toy_study(tmp_path, selection={"method": "influence", "surrogate": {"path": "./nowhere"}})
+    with pytest.raises(ConfigError, match=r"selection\.surrogate\.path: no such folder: .*nowhere"):
+        preflight(load_config(tmp_path / "study.yaml"))
+
+
+def test_what_remove_harmful_drops_cannot_be_asked_for(tmp_path: Path) -> None:
+    ready = preflight(
+        load_config(write_toy_study(tmp_path, mixture__n_rows=60, selection={"method": "remove_harmful"}))
+    )
+    # 54 training rows, of which a fifth (10.8, so 10) is dropped.
+    assert ready.space.upper == (44, 44, 44)
 
 
 def test_a_full_disk_is_recognised() -> None:
