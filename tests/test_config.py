@@ -94,6 +94,22 @@ MISTAKES = [
         "selection: {method: influence}\ndata: {validation_fraction: 0}",
         "data.validation_fraction: must be > 0 with selection.method: influence, got 0",
     ),
+    (
+        SEARCH,
+        "selection: {method: less}\ndata: {validation_fraction: 0}",
+        "data.validation_fraction: must be > 0 with selection.method: less, got 0",
+    ),
+    (SEARCH, "selection: {method: tracing}", "got 'tracing'; did you mean `tracin`?"),
+    (SEARCH, "selection: {method: less, examples: a.jsonl}", "selection.examples: is read by selection.method: indic"),
+    (SEARCH, "selection: {method: logdet, n_exact_rows: 99}", "selection.n_exact_rows: logdet scores no rows"),
+    (SEARCH, "selection: {method: coreset, surrogate: {path: a/b}}", "selection.surrogate: coreset fine-tunes no mod"),
+    (SEARCH, "selection: {method: top_n}\nmixture: {replacement: true}", "mixture.replacement: must be false with sel"),
+    (SEARCH, "selection: {method: indicators, indicators: [length, length]}", "each indicator stands at most once"),
+    (
+        SEARCH,
+        "selection: {method: remove_harmful, harmful_fraction: 1}",
+        "selection.harmful_fraction: must be less than",
+    ),
     (GOOD, "- a list", "a study file is a mapping of keys to values"),
     (GOOD, "", "a study file is a mapping of keys to values"),
 ]

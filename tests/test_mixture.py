@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from duet_ray.errors import RatioError
-from duet_ray.mixture import draw_mixture, draw_rows, rows_digest, rows_per_domain
+from duet_ray.mixture import RowOrder, draw_in_order, draw_mixture, draw_rows, rows_digest, rows_per_domain
 from duet_ray.records import Ratio
 
 
@@ -100,3 +100,39 @@ def test_a_sample_depends_on_its_place_alone() -> None:
     assert rows_digest(again) == draw[1, 0]
     assert [len(r) for r in again.rows] == [30, 0, 70]
     assert rows_digest(draw_mixture(ratio, weights, seed=8, trial=1, sample=0)) != draw[1, 0]
+
+
+ORDER = np.array([4, 2, 0, 1, 3])
+
+
+def test_an_order_gives_its_first_rows() -> None:
+    rng = np.random.default_rng(0)
+    assert draw_in_order(RowOrder(ORDER), 3, rng).tolist() == [4, 2, 0]
+    assert draw_in_order(RowOrder(ORDER), 5, rng).tolist() == ORDER.tolist()
+    assert draw_in_order(RowOrder(ORDER), 0, rng).tolist() == []
+
+
+def test_a_pool_lets_samples_differ_and_never_reaches_beyond_it() -> None:
+    order = np.random.default_rng(1).permutation(1000)
+    drawn = [draw_in_order(RowOrder(order, pool=1.5), 100, np.random.default_rng(seed)) for seed in range(200)]
+    assert all(len(set(rows.tolist())) == 100 for rows in drawn)
+    assert set(np.concatenate(drawn).tolist()) == set(order[:150].tolist())
+    counts = np.bincount(np.concatenate(drawn), minlength=1000)[order[:150]]
+    # Each row of the pool is in a draw with probability 2/3: 133 of 200, with a standard deviation of 6.7.
+    assert (np.abs(counts - 200 * 2 / 3) < 5 * 6.7).all()
+
+
+def test_a_short_order_repeats_or_is_refused() -> None:
+    rng = np.random.default_rng(0)
+    assert draw_in_order(RowOrder(ORDER), 12, rng, when_short="repeat").tolist() == [*ORDER, *ORDER, 4, 2]
+    with pytest.raises(RatioError, match="domain a: 6 rows asked for and 5 there"):
+        draw_in_order(RowOrder(ORDER), 6, rng, domain="a")
+
+
+def test_orders_and_probabilities_stand_side_by_side_in_a_mixture() -> None:
+    ratio = Ratio(counts=(2, 3))
+    mixtures = [
+        draw_mixture(ratio, [RowOrder(ORDER), np.full(5, 0.2)], seed=0, trial=0, sample=sample) for sample in range(20)
+    ]
+    assert all(m.rows[0].tolist() == [4, 2] for m in mixtures)
+    assert len({tuple(m.rows[1].tolist()) for m in mixtures}) > 1

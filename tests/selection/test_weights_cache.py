@@ -20,13 +20,14 @@ def folder(tmp_path_factory):
     return place
 
 
-def study(folder, *, seed: int = 0, training=None, model=None, **selection) -> StudyConfig:
+def study(folder, *, seed: int = 0, training=None, model=None, mixture=None, **selection) -> StudyConfig:
     data = {
         "name": "s",
         "seed": seed,
         "model": {"path": "model", **(model or {})},
         "domains": [{"name": "letters", "source": "a.jsonl"}],
         "selection": {"method": "influence", **selection},
+        "mixture": mixture or {},
         "training": training or {},
         "feedback": {"kind": "heldout_loss", "file": "task.jsonl"},
     }
@@ -71,6 +72,26 @@ def test_another_weighting_reweighs_the_stored_scores(folder, tmp_path):
     for weighting in (sharp, WeightingConfig(kind="shift")):
         key = weights_key(DOMAIN, study(folder, weighting=weighting.model_dump()))
         assert_same(load_weights(tmp_path, key), scored(weighting, notes=("a note",)))
+
+
+def test_methods_that_use_the_same_scores_share_what_is_stored(folder, tmp_path):
+    save_weights(tmp_path, weights_key(DOMAIN, study(folder)), scored())
+    values = scored().scores
+    dropped = load_weights(tmp_path, weights_key(DOMAIN, study(folder, method="remove_harmful", harmful_fraction=0.5)))
+    assert dropped.probabilities.tolist() == [0, 0, 0.5, 0.5]
+    best = load_weights(tmp_path, weights_key(DOMAIN, study(folder, method="top_n")))
+    assert best.order.tolist() == np.argsort(-values).tolist()
+    assert best.probabilities is None
+    ranked = load_weights(tmp_path, weights_key(DOMAIN, study(folder, weighting={"kind": "rank"})))
+    np.testing.assert_allclose(ranked.probabilities, [0.2, 0.1, 0.4, 0.3])
+    save_weights(tmp_path, weights_key(DOMAIN, study(folder, method="less")), scored())
+    assert len(list((tmp_path / "weights").iterdir())) == 2, "other scores have a place of their own"
+
+
+def test_weights_that_come_without_scores_have_one_use(folder, tmp_path):
+    key = weights_key(DOMAIN, study(folder, method="logdet", weighting={"kind": "rank"}))
+    assert key == weights_key(DOMAIN, study(folder, method="logdet"))
+    assert key.endswith("-plain")
 
 
 def test_the_note_of_a_weighting_is_not_doubled(folder, tmp_path):
@@ -128,12 +149,32 @@ def test_the_key_changes_with_what_changes_the_scores(folder):
         study(folder),
         study(folder, batch_size=4),
         study(folder, cg_iterations=3),
+        study(folder, lissa_depth=3),
+        study(folder, embedding_model="model"),
+        study(folder, shard_rows=2),
+        study(folder, min_rank_correlation=0.5),
         study(folder, epochs=1),
         study(folder, training={"micro_batch_size": 1}),
     ]
     other = [
         study(folder, seed=1),
         study(folder, solver="cg"),
+        study(folder, solver="cg", cg_iterations=3),
+        study(folder, solver="lissa"),
+        study(folder, solver="lissa", lissa_depth=3),
+        study(folder, solver="lissa", curvature="hessian"),
+        study(folder, n_exact_rows=32),
+        study(folder, n_exact_rows=32, min_rank_correlation=0.5),
+        study(folder, n_exact_rows=32, embedding_model="model"),
+        study(folder, surrogate={"path": "owner/small"}),
+        study(folder, method="less"),
+        study(folder, method="less", projection=64),
+        study(folder, method="less", epochs=1),
+        study(folder, method="tracin"),
+        study(folder, method="logdet"),
+        study(folder, method="logdet", pool=2.0, mixture={"n_rows": 1}),
+        study(folder, method="indicators"),
+        study(folder, method="indicators", indicators=["length"]),
         study(folder, damping=0.2),
         study(folder, n_fit_rows=10),
         study(folder, epochs=3),
@@ -144,6 +185,13 @@ def test_the_key_changes_with_what_changes_the_scores(folder):
     assert len({weights_key(DOMAIN, c) for c in same}) == 1
     assert len({weights_key(DOMAIN, c) for c in [same[0], *other]}) == 1 + len(other)
     assert weights_key(toy_domain(5, 2), same[0]) != weights_key(DOMAIN, same[0])
+
+
+def test_the_content_of_the_examples_is_in_the_key(folder, tmp_path):
+    (folder / "few.jsonl").write_text("{}")
+    first = weights_key(DOMAIN, study(folder, method="indicators", examples="few.jsonl"))
+    (folder / "few.jsonl").write_text("{ }")
+    assert weights_key(DOMAIN, study(folder, method="indicators", examples="few.jsonl")) != first
 
 
 def test_uniform_weights_depend_on_the_domain_alone(folder):
