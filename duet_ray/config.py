@@ -187,6 +187,20 @@ class FeedbackBase(Section):
     def _slug(cls, name: str | None) -> str | None:
         return None if name is None else slug(name)
 
+    @property
+    def shown_name(self) -> str:
+        """How it is called in tables: its given name, else its kind and metric."""
+        return self._called(" ")
+
+    @property
+    def metric_key(self) -> str:
+        """The same as the key of a sample's metric: stored, so it must not change."""
+        return self._called("_")
+
+    def _called(self, separator: str) -> str:
+        kind, metric = getattr(self, "kind", ""), getattr(self, "metric", None)
+        return self.name or (f"{kind}{separator}{metric}" if metric else kind)
+
 
 class HeldoutLossConfig(FeedbackBase):
     kind: Literal["heldout_loss"]

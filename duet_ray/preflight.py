@@ -27,6 +27,7 @@ from duet_ray.selection import (
     select,
     weights_key,
 )
+from duet_ray.selection.examples import read_examples
 from duet_ray.training import load_tokenizer
 from duet_ray.training.estimate import GIB, MemoryEstimate, estimate_memory, memory_problem, resolved_micro_batch
 
@@ -87,7 +88,9 @@ def preflight(config: StudyConfig, *, on_stage: OnStage = lambda _: None) -> Pre
     if config.selection.surrogate is not None:
         on_stage("reading the domains for the surrogate model")
         scoring_domains = _surrogate_domains(config, domains)
-    keys = _keys(config, scoring_domains)
+    read_examples(config, tokenizer)
+    scorer = model_identity(config.for_scoring)
+    keys = tuple(weights_key(domain, config, scorer) for domain in scoring_domains)
     weights_folder = config.resolve_path(config.storage) / "cache"
     _weigh_without_model(config, domains, weights_folder, keys)
     if problem := memory_problem(config, memory):
@@ -183,20 +186,6 @@ def _surrogate_domains(config: StudyConfig, domains: list[Domain]) -> list[Domai
         )
         raise ConfigError([Problem(path="selection.surrogate", message=message)])
     return found
-
-
-def _keys(config: StudyConfig, domains: list[Domain]) -> tuple[str, ...]:
-    """The keys of the domains' weights.
-
-    Raises:
-        ConfigError: `selection.examples` cannot be read.
-    """
-    try:
-        identity = model_identity(config.for_scoring)
-        return tuple(weights_key(domain, config, identity) for domain in domains)
-    except OSError as error:
-        message = f"{error.filename} cannot be read: {error.strerror}"
-        raise ConfigError([Problem(path="selection.examples", message=message)]) from None
 
 
 def _weigh_without_model(config: StudyConfig, domains: list[Domain], folder: Path, keys: tuple[str, ...]) -> None:

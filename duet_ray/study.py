@@ -24,6 +24,7 @@ from duet_ray.execution.worker import Assignment, load_draws, mixture_of
 from duet_ray.mixture import rows_digest
 from duet_ray.preflight import Preflight, preflight
 from duet_ray.records import SampleSpec, Trial
+from duet_ray.report.scores import domain_scores
 from duet_ray.report.summary import StudySummary
 from duet_ray.store import Store
 
@@ -131,7 +132,9 @@ class Study:
         if sample.adapter is None or not adapter.is_dir():
             raise DuetError(f"the adapter of {spec.key} is not at {adapter}; it was moved or deleted")
         ready = preflight(self.config)
-        self._check_inputs(ready)
+        store = Store(self.folder)
+        self._check_inputs(store, ready)
+        store.close()
         mixture = mixture_of(ready.config, spec, load_draws(self._assignment(ready), ready.config))
         if rows_digest(mixture) != sample.rows_digest:
             raise StudyChanged(
@@ -170,6 +173,7 @@ class Study:
                     unscored=ready.unscored,
                     n_train=[len(domain.train) for domain in ready.domains],
                     watcher=watcher,
+                    on_weighed=lambda: store.update_study(domains=_domain_records(ready)),
                 )
                 status: Literal["paused", "failed", "done"] = "failed"
                 try:
@@ -197,11 +201,9 @@ class Study:
                 f"undo the change, or give the study another name"
             )
 
-    def _check_inputs(self, ready: Preflight) -> None:
+    def _check_inputs(self, store: Store, ready: Preflight) -> None:
         """Raise `StudyChanged` if the model, the data or the task are not those that the study was started with."""
-        store = Store(self.folder)
         record = store.study()
-        store.close()
         known = {name: value for name, value in record.inputs.items() if name != "folder"} if record else {}
         if known and known != ready.inputs:
             changed = ", ".join(_changed(known, ready.inputs))
@@ -216,7 +218,7 @@ class Study:
         if store.study() is None:
             store.create_study(name=self.config.name, config=self.config.model_dump(mode="json"), versions=_versions())
         else:
-            self._check_inputs(ready)
+            self._check_inputs(store, ready)
         store.update_study(
             config=self.config.model_dump(mode="json"),
             inputs=inputs,
@@ -286,6 +288,7 @@ def _domain_records(ready: Preflight) -> list[dict[str, Any]]:
                 "n_overlap": overlap.n_overlapping_rows if overlap is not None else None,
                 "effective_sample_size": weights.effective_sample_size if weights is not None else None,
                 "notes": list(weights.notes) if weights is not None else [],
+                "scores": domain_scores(ready.config, domain, weights) if weights is not None else None,
             }
         )
     return records

@@ -1,4 +1,4 @@
-"""Watching a run: a live table where there is a terminal, log lines where there is none."""
+"""Watching a run: a live table or bars where there is a terminal, log lines where there is none."""
 
 import threading
 import time
@@ -10,19 +10,30 @@ from rich.live import Live
 from rich.text import Text
 
 from duet_ray.cli.console import err
+from duet_ray.cli.scoring_progress import ScoringProgress
 from duet_ray.config import StudyConfig
 from duet_ray.execution.broker import InFlight
 from duet_ray.records import CONFIRM_FIRST
+from duet_ray.report.wording import plural
 
 TICK_SECONDS = 30.0
 """How often a log says what is under way."""
 
+READ_SECONDS = 1.0
+"""How often the store is read at most: a large one takes its time, and small samples end many times a second."""
+
 
 class LogWatcher:
-    """One line for each phase and each trial that ends, and now and then what is under way."""
+    """One line for each phase, each domain whose rows are measured, each trial that ends; now and then what goes on.
 
-    def __init__(self, config: StudyConfig | None = None) -> None:
-        self._config = config
+    Args:
+        config: None before there is a study to tell of.
+        with_trials: whether to tell of trials.
+    """
+
+    def __init__(self, config: StudyConfig | None = None, *, with_trials: bool = True) -> None:
+        self.scoring = ScoringProgress(config) if config else None
+        self._study = _StudyReader(config) if config and with_trials else None
         self._said: set[int] = set()
         self._lock = threading.Lock()
         self._next_tick = time.monotonic() + TICK_SECONDS
@@ -32,23 +43,40 @@ class LogWatcher:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.changed()
+        self._say_trials(self._study.read() if self._study else None)
 
     def phase(self, text: str) -> None:
         self._line(text)
 
     def tick(self, in_flight: Sequence[InFlight]) -> None:
-        if in_flight and time.monotonic() >= self._next_tick:
-            self._next_tick = time.monotonic() + TICK_SECONDS
-            self._line("  " + ", ".join(sorted(f"{task.task.key} {task.text}".rstrip() for task in in_flight)))
+        now = time.monotonic()
+        if self.scoring:
+            self.scoring.tick(in_flight, now)
+        if in_flight and now >= self._next_tick:
+            self._next_tick = now + TICK_SECONDS
+            parts = sorted(f"{task.task.key} {task.text}".rstrip() for task in in_flight if task.task.kind == "sample")
+            if self.scoring and self.scoring.is_under_way:
+                parts = [f"{self.scoring.headline}: {self.scoring.details()}", *parts]
+            self._line("  " + ", ".join(parts))
+        self._say_trials(self._study.read_if_due() if self._study else None)
 
     def scored(self, domain: str, n_done: int, n_rows: int) -> None:
-        pass
+        if self.scoring is None:
+            return
+        known = self.scoring.domains.get(domain)
+        was_measured = known is not None and known.is_measured
+        self.scoring.scored(domain, n_done, n_rows)
+        if self.scoring.domains[domain].is_measured and not was_measured:
+            self._line(f"{domain}: {plural(n_rows, 'row')} measured")
 
     def changed(self) -> None:
+        if self._study:
+            self._study.is_stale = True
+            self._say_trials(self._study.read_if_due())
+
+    def _say_trials(self, summary: Any) -> None:
         from duet_ray.report.status import log_line
 
-        summary = _summary(self._config)
         if summary is None:
             return
         with self._lock:
@@ -67,6 +95,7 @@ class LiveWatcher:
     def __init__(self, config: StudyConfig) -> None:
         self._config = config
         self._live = Live(console=err, auto_refresh=False, vertical_overflow="visible", transient=True)
+        self._study, self.scoring = _StudyReader(config), ScoringProgress(config)
         self._phase, self._in_flight, self._summary = "starting", list[InFlight](), None
         self._lock = threading.Lock()
 
@@ -83,22 +112,26 @@ class LiveWatcher:
 
     def tick(self, in_flight: Sequence[InFlight]) -> None:
         self._in_flight = list(in_flight)
+        with self._lock:
+            self.scoring.tick(in_flight, time.monotonic())
         self._draw()
 
     def scored(self, domain: str, n_done: int, n_rows: int) -> None:
-        pass
+        with self._lock:
+            self.scoring.scored(domain, n_done, n_rows)
 
     def changed(self) -> None:
-        self._summary = _summary(self._config)
+        self._study.is_stale = True
         self._draw()
 
     def _draw(self) -> None:
         from duet_ray.report.status import trial_table
 
         with self._lock:
+            self._summary = self._study.read_if_due() or self._summary
             parts: list[Any] = [Text(self._phase, style="bold")]
-            scoring = sorted(f"  {t.task.key}  {t.text}" for t in self._in_flight if t.task.kind != "sample")
-            parts += [Text(line, style="dim") for line in scoring]
+            if self.scoring.is_under_way:
+                parts += [Text(f"  {self.scoring.headline}"), Text(f"  {self.scoring.details()}", style="dim")]
             if self._summary is not None:
                 left = seconds_left(self._config, self._summary)
                 samples = {t.task.key: t.text for t in self._in_flight if t.task.kind == "sample"}
@@ -107,6 +140,70 @@ class LiveWatcher:
                 )
                 parts.insert(0, table)
             self._live.update(Group(*parts), refresh=True)
+
+
+class ScoreWatcher:
+    """A bar for every domain that is scored, and the time that is left."""
+
+    def __init__(self, config: StudyConfig) -> None:
+        self.scoring = ScoringProgress(config)
+        self._live = Live(console=err, auto_refresh=False, transient=True)
+        self._phase = "starting"
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def phase(self, text: str) -> None:
+        self._phase = text
+        self._draw()
+
+    def tick(self, in_flight: Sequence[InFlight]) -> None:
+        with self._lock:
+            self.scoring.tick(in_flight, time.monotonic())
+        self._draw()
+
+    def scored(self, domain: str, n_done: int, n_rows: int) -> None:
+        with self._lock:
+            self.scoring.scored(domain, n_done, n_rows)
+
+    def changed(self) -> None:
+        pass
+
+    def _draw(self) -> None:
+        with self._lock:
+            parts: list[Any] = [Text(self._phase, style="bold")]
+            if self.scoring.domains:
+                parts += [self.scoring.bars(most=max(4, err.height - 4)), Text(self.scoring.headline)]
+            self._live.update(Group(*parts), refresh=True)
+
+
+class _StudyReader:
+    """The study as its store holds it, read when it is stale, and not again within a second."""
+
+    def __init__(self, config: StudyConfig) -> None:
+        self._folder = config.study_folder
+        self._next_read = 0.0
+        self.is_stale = False
+
+    def read_if_due(self) -> Any:
+        """A summary; None while nothing is new, or a reading is too soon: the next tick asks again."""
+        return self.read() if self.is_stale and time.monotonic() >= self._next_read else None
+
+    def read(self) -> Any:
+        """A summary; None before there is a study."""
+        from duet_ray.errors import StoreError
+        from duet_ray.report.from_store import read_summary
+
+        self.is_stale, self._next_read = False, time.monotonic() + READ_SECONDS
+        try:
+            return read_summary(self._folder)
+        except StoreError:
+            return None
 
 
 def seconds_left(config: StudyConfig, summary: Any) -> float | None:
@@ -121,16 +218,3 @@ def seconds_left(config: StudyConfig, summary: Any) -> float | None:
     left = max(0, config.n_planned_trials * config.sampling.k - n_trained) + max(0, n_to_confirm - n_confirmed)
     at_once = min(config.fleet.groups, config.sampling.k * config.search.concurrent_trials)
     return mean * left / at_once
-
-
-def _summary(config: StudyConfig | None) -> Any:
-    """The study as its store holds it; None before there is one."""
-    from duet_ray.errors import StoreError
-    from duet_ray.report.from_store import read_summary
-
-    if config is None:
-        return None
-    try:
-        return read_summary(config.study_folder)
-    except StoreError:
-        return None

@@ -1,46 +1,105 @@
 """`duet score`: weigh the rows of every domain, and stop there."""
 
-from typing import Any
+import sys
+from collections.abc import Collection
+from typing import Annotated, Any
 
+import typer
 from rich.table import Table
+from rich.text import Text
 
-from duet_ray.cli.console import AsJson, Overrides, StudyFile, open_study, out, print_json
-from duet_ray.cli.live import LogWatcher
+from duet_ray.cli.console import AsJson, Overrides, StudyFile, err, open_study, out, print_json, say
+from duet_ray.cli.live import LogWatcher, ScoreWatcher
+from duet_ray.execution.study_run import Paused
 
 
-def command(study: StudyFile, set_: Overrides = None, as_json: AsJson = False) -> None:
+def command(
+    study: StudyFile,
+    set_: Overrides = None,
+    as_json: AsJson = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Log lines instead of bars.")] = False,
+) -> None:
     """Compute the row weights that a run will use. What is stored already is not computed again."""
-    ready = open_study(study, set_).score(LogWatcher())
-    rows = [_row(domain, weights) for domain, weights in zip(ready.domains, ready.weights(), strict=True)]
+    opened = open_study(study, set_)
+    live = err.is_terminal and not plain and not as_json
+    watcher = ScoreWatcher(opened.config) if live else LogWatcher(opened.config, with_trials=False)
+    try:
+        with watcher:
+            ready = opened.score(watcher)
+    except (Paused, KeyboardInterrupt):
+        say("paused; the rows measured so far are kept. To go on, give the same command again")
+        sys.exit(130)
+    assert watcher.scoring is not None
+    computed = set(watcher.scoring.domains)
+    rows = [_row(ready.config, d, w, d.name in computed) for d, w in zip(ready.domains, ready.weights(), strict=True)]
     if as_json:
         print_json({"method": ready.config.selection.method, "domains": rows})
         return
-    table = Table("domain", "rows", "worth", "lowest", "median", "highest", "notes")
-    for column in table.columns[1:6]:
+    if said := already(ready.config, computed):
+        say(said)
+    show(rows)
+
+
+def already(config: Any, computed: Collection[str]) -> str | None:
+    """What was not computed, and why; None when everything was."""
+    from duet_ray.selection import method_of
+
+    stored = [name for name in config.domain_names if name not in computed]
+    if not stored:
+        return None
+    if not method_of(config.selection).needs_model:
+        return f"selection.method is {config.selection.method}: there is nothing to score"
+    if not computed:
+        return "already scored: nothing was computed"
+    return f"already scored, not computed again: {', '.join(stored)}"
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """The table, and the notes under it."""
+    from duet_ray.report.scores import sparkline
+    from duet_ray.report.status import has_unicode
+    from duet_ray.report.wording import duration
+
+    unicode = has_unicode(out)
+    table = Table("domain", "rows", "worth", "lowest", "median", "highest", "histogram", "time", box=None)
+    table.padding = (0, 2, 0, 0)
+    for column in table.columns[1:]:
+        column.no_wrap = True
         column.justify = "right"
+    table.columns[6].justify = "left"
+    dash = "–" if unicode else "-"
     for row in rows:
-        scores = [f"{row[name]:.3g}" if row[name] is not None else "-" for name in ("lowest", "median", "highest")]
+        scores = [f"{row[name]:.3g}" if row[name] is not None else dash for name in ("lowest", "median", "highest")]
+        shape = row["histogram"]
         table.add_row(
-            row["domain"],
+            Text(row["domain"]),
             f"{row['n_rows']:,}",
             f"{row['effective_sample_size']:,.0f}",
             *scores,
-            "; ".join(row["notes"]),
+            Text(sparkline(shape["counts"], unicode=unicode) if shape else dash),
+            duration(row["seconds"]) if row["seconds"] is not None else dash,
         )
     out.print(table)
-    out.print("worth: the effective sample size, how many equally weighted rows the weights are worth")
+    out.print()
+    lines = ["worth: the effective sample size, how many equally weighted rows the weights are worth"]
+    if any(row["histogram"] for row in rows):
+        lines.append("histogram: the scores from low to high, without the half percent at either end")
+    lines += [f"{row['domain']}: {note}" for row in rows for note in row["notes"]]
+    for line in lines:
+        out.print(Text(line), soft_wrap=True)
 
 
-def _row(domain: Any, weights: Any) -> dict[str, Any]:
-    import numpy as np
+def _row(config: Any, domain: Any, weights: Any, computed: bool) -> dict[str, Any]:
+    from duet_ray.report.scores import domain_scores, seconds_spent
 
-    low, middle, high = (None,) * 3 if weights.scores is None else np.quantile(weights.scores, [0, 0.5, 1]).tolist()
+    summary = domain_scores(config, domain, weights)
+    low, _, middle, _, high = summary["quantiles"] or (None,) * 5
     return {
         "domain": domain.name,
-        "n_rows": len(domain.train),
-        "effective_sample_size": weights.effective_sample_size,
+        "computed": computed,
+        **summary,
         "lowest": low,
         "median": middle,
         "highest": high,
-        "notes": list(weights.notes),
+        "seconds": seconds_spent(summary["details"]),
     }

@@ -9,7 +9,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -93,6 +93,8 @@ class StudyRun:
     n_train: Sequence[int]
     """Training rows per domain."""
     watcher: Watcher = field(default_factory=SilentWatcher)
+    on_weighed: Callable[[], None] = lambda: None
+    """Called when domains have been weighed: there is more to say of them now."""
 
     def __post_init__(self) -> None:
         self._stop, self._ending = threading.Event(), threading.Event()
@@ -162,6 +164,8 @@ class StudyRun:
         self.watcher.phase(" and ".join(parts))
         ways = [self._weigh(domain) for domain in self.unscored]
         errors = self._do_all([*([self._measure_base(base)] if base else []), *ways])
+        if ways:
+            self.on_weighed()
         if errors:
             raise SelectionError("\n".join(errors))
 
@@ -374,7 +378,7 @@ class StudyRun:
         self.watcher.tick(pulse.in_flight)
 
     def _record(self, outcome: Outcome) -> None:
-        """Store one finished sample; leave its result in its folder where its worker could not."""
+        """Store one finished sample, leaving its result in its folder where its worker could not; count one shard."""
         if outcome.task.kind == "score" and outcome.status == "done" and "error" not in outcome.result:
             self._shard_measured(outcome.task)
         if outcome.task.kind != "sample" or (result := sample_result(outcome)) is None:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from duet_ray.config import StudyConfig, config_from
-from duet_ray.domains import BadRow, Domain, EncodeSettings, encode_rows, open_domain, read_rows
-from duet_ray.errors import DataError, FeedbackError, NoValueError, SampleFailed, SelectionError, StoreError
+from duet_ray.domains import Domain, open_domain
+from duet_ray.errors import FeedbackError, NoValueError, SampleFailed, StoreError
 from duet_ray.execution.artifacts import leave_result, read_json, read_result, sample_folder
 from duet_ray.execution.broker import Task
 from duet_ray.feedback import make_feedback
@@ -24,6 +24,7 @@ from duet_ray.mixture import DrawBy, RowOrder, draw_mixture, rows_digest
 from duet_ray.records import Mixture, SampleResult, SampleSpec, TokenRow
 from duet_ray.seeds import child_seed
 from duet_ray.selection import RowWeights, Scoring, SelectionContext, load_weights, n_drawn, save_weights
+from duet_ray.selection.examples import read_examples
 from duet_ray.training import load_base, make_trainer
 
 log = logging.getLogger(__name__)
@@ -261,27 +262,6 @@ def mixture_of(config: StudyConfig, spec: SampleSpec, weights: Sequence[DrawBy])
         when_short=config.mixture.when_short,
         names=config.domain_names,
     )
-
-
-def read_examples(config: StudyConfig, tokenizer: Any) -> list[TokenRow]:
-    """The task's examples at `selection.examples`, tokenised for the model that scores.
-
-    Raises:
-        SelectionError: there is no such file, or a row of it is bad.
-    """
-    assert config.selection.examples is not None
-    file = config.resolve_path(config.selection.examples)
-    try:
-        rows = list(read_rows([file], "prompt_completion", {}, setting="selection.examples"))
-        sound = [row for row in rows if not isinstance(row, BadRow)]
-        encoded = [*encode_rows(sound, tokenizer, EncodeSettings.from_config(config))]
-    except DataError as error:
-        raise SelectionError(f"selection.examples: {error}") from error
-    if bad := [row for row in (*rows, *encoded) if isinstance(row, BadRow)]:
-        raise SelectionError(f"selection.examples: {len(bad)} bad rows, the first: {bad[0]}")
-    if not encoded:
-        raise SelectionError(f"selection.examples: {file} has no rows")
-    return [row.tokens for row in encoded if not isinstance(row, BadRow)]
 
 
 def model_place(config: StudyConfig, path: str | None) -> str | None:

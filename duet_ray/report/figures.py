@@ -1,4 +1,4 @@
-"""The four figures of a report, as PNG bytes.
+"""The five figures of a report, as PNG bytes.
 
 Drawn on `Figure` objects without pyplot, so that nothing global is touched and a driver's thread may draw while
 another one does. Every value axis says which direction is better; values far outside the rest are drawn as arrows at
@@ -18,7 +18,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from duet_ray.records import Direction, Trial
-from duet_ray.report.palette import BASE, INK, MUTED, UNIFORM, domain_look
+from duet_ray.report.palette import BASE, INK, MUTED, UNIFORM, DomainLook, domain_look
+from duet_ray.report.scores import Histogram
 from duet_ray.report.summary import (
     Measurement,
     StudySummary,
@@ -58,7 +59,7 @@ class Picture:
 
 def draw_all(summary: StudySummary) -> tuple[Picture, ...]:
     """Every figure that the study has something to show for, in the order of the page."""
-    drawn = (best_so_far(summary), confirmed(summary), mixtures(summary), samples(summary))
+    drawn = (best_so_far(summary), confirmed(summary), mixtures(summary), samples(summary), scores(summary))
     return tuple(p for p in drawn if p)
 
 
@@ -259,6 +260,58 @@ def confirmed(summary: StudySummary) -> Picture | None:
     )
 
 
+def scores(summary: StudySummary) -> Picture | None:
+    """The scores of every domain's rows, a panel each with a scale of its own; None where no domain has any."""
+    drawn = [(i, d, shape) for i, d in enumerate(summary.domains) if d.scores and (shape := d.scores["histogram"])]
+    if not drawn:
+        return None
+    n_columns = min(3, len(drawn))
+    n_lines = -(-len(drawn) // n_columns)
+    figure = Figure(figsize=(WIDTH, 2.3 * n_lines + 0.5), dpi=DPI, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(n_lines, n_columns, squeeze=False).ravel()
+    for axes, (index, domain, shape) in zip(panels, drawn, strict=False):
+        _score_panel(axes, domain.name, shape, domain_look(index))
+    for axes in panels[len(drawn) :]:
+        axes.set_axis_off()
+    figure.supxlabel("score of a row (higher: more helpful)", color=INK, fontsize=10)
+    figure.supylabel("rows", color=INK, fontsize=10)
+    return _picture(
+        figure,
+        name="scores",
+        title="The scores of the rows",
+        alt=f"A histogram of the scores of {plural(len(drawn), 'domain')}: {', '.join(d.name for _, d, _ in drawn)}.",
+    )
+
+
+def _score_panel(axes: Axes, name: str, shape: Histogram, look: DomainLook) -> None:
+    """One histogram; the numbers in its corners are rows beyond its edges, and the black line is a score of 0."""
+    edges = np.asarray(shape["edges"])
+    _plain_axes(axes)
+    axes.bar(
+        edges[:-1],
+        shape["counts"],
+        np.diff(edges),
+        align="edge",
+        color=look.colour,
+        hatch=look.hatch,
+        edgecolor="white",
+        linewidth=0.4,
+    )
+    if edges[0] <= 0 <= edges[-1]:
+        axes.axvline(0, color=INK, lw=0.8, zorder=3)
+    beyond = [f"← {shape['n_below']:,}" * (shape["n_below"] > 0), f"{shape['n_above']:,} →" * (shape["n_above"] > 0)]
+    for place, side, text in zip((0, 1), ("left", "right"), beyond, strict=True):
+        axes.text(place, 1.01, text, transform=axes.transAxes, ha=side, va="bottom", fontsize=8, color=MUTED)
+    axes.set_title(_escaped(name, most=22), fontsize=10.5, color=INK)
+    axes.set_xlim(edges[0], edges[-1])
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.ticklabel_format(axis="x", scilimits=(-3, 4), useMathText=True, useOffset=False)
+    axes.tick_params(labelsize=8.5)
+    axes.xaxis.offsetText.set_fontsize(8.5)
+
+
 def _measured_row(
     axes: Axes,
     y: float,
@@ -317,6 +370,11 @@ def _canvas(height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    _plain_axes(axes)
+    return figure, axes
+
+
+def _plain_axes(axes: Axes) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -324,7 +382,6 @@ def _canvas(height: float) -> tuple[Figure, Axes]:
     axes.tick_params(colors=INK, labelsize=10)
     axes.grid(axis="y", color="#d0d7de", lw=0.7)
     axes.set_axisbelow(True)
-    return figure, axes
 
 
 def _picture(figure: Figure, *, name: str, title: str, alt: str) -> Picture:

@@ -1,7 +1,9 @@
 """A study's store → the `StudySummary` that everything in this folder reads. Safe while a driver writes."""
 
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -27,7 +29,6 @@ def read_summary(folder: Path) -> StudySummary:
         raise StoreError(f"{folder}: the study has not started yet")
     config = config_from(record.config, folder=Path(record.inputs.get("folder", folder)))
     feedback = config.feedback
-    metric = getattr(feedback, "metric", None)
     return StudySummary(
         name=record.name,
         direction=config.direction,
@@ -35,12 +36,18 @@ def read_summary(folder: Path) -> StudySummary:
         n_rows=config.mixture.n_rows,
         k=config.sampling.k,
         n_planned=config.n_planned_trials,
-        feedback_name=feedback.name or (f"{feedback.kind} {metric}" if metric else feedback.kind),
+        feedback_name=feedback.shown_name,
         trials=tuple(trials),
-        domains=tuple(DomainSummary(**{**d, "notes": tuple(d["notes"])}) for d in record.domains),
+        domains=tuple(_domain(domain) for domain in record.domains),
         config_yaml=yaml.safe_dump(record.config, sort_keys=False, allow_unicode=True, width=110),
         started=datetime.fromtimestamp(record.created),
         seconds=record.seconds or None,
         versions=record.versions,
         feedback_is_random=feedback.kind == "function" or bool(getattr(feedback, "temperature", None)),
     )
+
+
+def _domain(record: Mapping[str, Any]) -> DomainSummary:
+    """One domain as another version of duet_ray may have stored it: with keys missing, or with some of its own."""
+    known = {name: record[name] for name in DomainSummary.__dataclass_fields__ if name in record}
+    return DomainSummary(**{**known, "notes": tuple(record.get("notes", ()))})

@@ -15,6 +15,7 @@ import jinja2
 from duet_ray.files import write_file
 from duet_ray.records import Ratio, SampleResult, Trial
 from duet_ray.report.palette import domain_look
+from duet_ray.report.scores import ScoreSummary, ShownRow, seconds_spent, shortened
 from duet_ray.report.summary import (
     StudySummary,
     base_trial,
@@ -152,6 +153,7 @@ def _context(summary: StudySummary) -> dict[str, Any]:
             {"css": domain_look(i).css, "data": d, "worth": _worth(d.effective_sample_size, d.n_train)}
             for i, d in enumerate(summary.domains)
         ],
+        "selection": _selection(summary),
     }
 
 
@@ -264,6 +266,74 @@ def _measured_last(summary: StudySummary, trial: Trial) -> list[SampleResult]:
     """The fresh-seed samples of a trial where there are any, else its own."""
     again = [s for t in confirmations(summary) if confirmed_name(t) == trial.name for s in t.samples]
     return again if confirmation_of(summary, trial.name) else list(trial.samples)
+
+
+def _selection(summary: StudySummary) -> dict[str, Any] | None:
+    """The scores of the domains that have any summary of them; None before there is one."""
+    known = [(domain_look(i).css, d, d.scores) for i, d in enumerate(summary.domains) if d.scores]
+    if not known:
+        return None
+    return {
+        "methods": list(dict.fromkeys(scores["method"] for *_, scores in known)),
+        "compares": any(scores["best"] or scores["histogram"] for *_, scores in known),
+        "has_order": all(scores["has_order"] for *_, scores in known),
+        "domains": [{"css": css, "name": d.name} | _scored_domain(scores) for css, d, scores in known],
+    }
+
+
+def _scored_domain(scores: ScoreSummary) -> dict[str, Any]:
+    low, _, middle, _, high = [f"{q:.3g}" for q in scores["quantiles"]] if scores["quantiles"] else ["–"] * 5
+    seconds = seconds_spent(scores["details"])
+    n_best, n_worst = len(scores["best"]), len(scores["worst"])
+    if scores["has_order"]:
+        titles = (
+            f"The first {n_best} of the order",
+            f"The last {n_worst} of the {scores['n_drawable']:,} that can be drawn",
+        )
+    else:
+        titles = f"The {n_best} best", f"The {n_worst} worst, the lowest first"
+    groups = zip(titles, (scores["best"], scores["worst"]), strict=True)
+    return {
+        "worth": f"{scores['n_drawable']:,} of {scores['n_rows']:,}"
+        if scores["has_order"]
+        else _worth(scores["effective_sample_size"], scores["n_rows"]),
+        "lowest": low,
+        "median": middle,
+        "highest": high,
+        "time": duration(seconds) if seconds is not None else "–",
+        "details": [
+            (name.replace("_", " "), "is not finite" if value is None else f"{value:.4g}")
+            for name, value in scores["details"].items()
+            if not name.endswith("_seconds")
+        ],
+        "has_order": scores["has_order"],
+        "groups": [(title, [_shown_row(row) for row in rows]) for title, rows in groups if rows],
+    }
+
+
+def _shown_row(row: ShownRow) -> dict[str, str]:
+    short = shortened(row["prompt"], row["completion"])
+    full = f"{row['prompt']}\n→ {row['completion']}" if row["prompt"] else row["completion"]
+    if row["place"] is not None:
+        chance = f"{row['place']:,}"
+    else:
+        chance = _times(row["times_uniform"])
+    return {
+        "row": f"{row['row']:,}",
+        "score": "–" if row["score"] is None else f"{row['score']:.3g}",
+        "chance": chance,
+        "where": f"{row['source'].rsplit('/', 1)[-1]}:{row['line']}",
+        "source": row["source"],
+        "short": short,
+        "full": "" if " ".join(full.split()) == short else full,
+    }
+
+
+def _times(times: float | None) -> str:
+    """How much likelier than uniform: `2.4`, `0.013`, `never`."""
+    if times is None:
+        return "–"
+    return "never" if times == 0 else f"{times:,.0f}" if times >= 100 else f"{times:.2g}"
 
 
 def _worth(effective: float | None, n_train: int) -> str:

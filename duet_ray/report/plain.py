@@ -126,8 +126,12 @@ def _comparison(comparison: Comparison | None) -> dict[str, Any] | None:
 
 def _domain(summary: StudySummary, index: int) -> dict[str, Any]:
     domain = summary.domains[index]
-    return {name: getattr(domain, name) for name in domain.__dataclass_fields__ if name != "notes"} | {
-        "notes": list(domain.notes)
+    scores = domain.scores
+    # The rows at both ends are for a page or for `duet score --json`: who asks for the status wants no data in it.
+    numbers = {n: v for n, v in scores.items() if n not in ("best", "worst")} if scores else None
+    return {name: getattr(domain, name) for name in domain.__dataclass_fields__} | {
+        "notes": list(domain.notes),
+        "scores": numbers,
     }
 
 

@@ -61,7 +61,11 @@ class RatioBar:
 
 def shows_letters(console: Console) -> bool:
     """Blocks differ by colour only, so a terminal without colours or without Unicode gets letters."""
-    return console.color_system is None or not console.encoding.lower().startswith("utf")
+    return console.color_system is None or not has_unicode(console)
+
+
+def has_unicode(console: Console) -> bool:
+    return console.encoding.lower().startswith("utf")
 
 
 def cells(ratio: Ratio, width: int) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from datetime import datetime
 from typing import Literal
 
 from duet_ray.records import Direction, SampleResult, Trial
+from duet_ray.report.scores import ScoreSummary
 from duet_ray.report.wording import ValueFormat, decimals_for, first_line
 
 CONFIRMS = "confirm:"
@@ -35,6 +36,8 @@ class DomainSummary:
     """How many rows the selection weights are worth, 1 … n_train; None before they are computed."""
     notes: tuple[str, ...] = ()
     """What the selection method has to say about this domain."""
+    scores: ScoreSummary | None = None
+    """Its scores and its best and worst rows; None before they are computed, or in a store of an older version."""
 
 
 @dataclass(frozen=True, kw_only=True)

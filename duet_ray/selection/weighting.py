@@ -101,6 +101,6 @@ def _check(scores: np.ndarray, domain: str) -> None:
         raise SelectionError(f"domain {domain}: there are no training rows to weigh; check its source")
     if bad := int((~np.isfinite(scores)).sum()):
         raise SelectionError(
-            f"domain {domain}: {bad} of {len(scores)} scores are not finite; raise selection.damping, "
-            "lower training.learning_rate, or use selection.method: uniform"
+            f"domain {domain}: {bad} of {len(scores)} scores are not finite; lower training.learning_rate, set "
+            "model.dtype: float32, raise selection.damping (influence), or use selection.method: uniform"
         )

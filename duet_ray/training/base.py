@@ -42,7 +42,8 @@ class Checkpoint:
     n_steps: int
     """Optimizer steps so far."""
     moments: Mapping[str, tuple[Any, Any]]
-    """Name of a trained parameter → Adam's running means (m, v) of its gradient and its square, not bias-corrected."""
+    """Name of a trained parameter → Adam's running means (m, v) of its gradient and its square, not bias-corrected.
+    The optimizer's own tensors: to be copied or written down before the call ends."""
 
 
 class Trainer(Protocol):

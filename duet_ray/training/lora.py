@@ -152,12 +152,12 @@ class LoraTrainer:
     def _checkpoint(self, model: PeftModel, optimizer: torch.optim.Optimizer, n_done: int, n_steps: int) -> Checkpoint:
         per_epoch = n_steps // self._training.epochs
         rates = [learning_rate(step, n_steps, self._training) for step in range(n_done - per_epoch, n_done)]
-        state = optimizer.state
-        moments = {
-            name: (state[p]["exp_avg"], state[p]["exp_avg_sq"])
-            for name, p in model.named_parameters()
-            if p.requires_grad
-        }
+        moments = {}
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                # Adam has no state of a parameter that no gradient reached: a layer that the forward pass leaves out.
+                state = optimizer.state.get(p) or {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                moments[name] = state["exp_avg"], state["exp_avg_sq"]
         return Checkpoint(
             epoch=n_done // per_epoch - 1, learning_rate=sum(rates) / per_epoch, n_steps=n_done, moments=moments
         )

@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -65,8 +66,77 @@ def test_the_live_table_shows_what_is_under_way(config: StudyConfig, monkeypatch
     with live.LiveWatcher(config) as watcher:
         watcher.phase("searching")
         watcher.changed()
-        score = Task(key="score-apples-0", kind="score", domain=0, shard=0)
-        watcher.tick([under_way("training", 2), InFlight(task=score, stage="fit", done=1, total=4)])
+        watcher.tick([under_way("training", 2)])
     text = shown.getvalue()
-    for expected in ("t0000", "2.250", "searching", "training 2/3", "score-apples", "fit 1/4"):
+    for expected in ("t0000", "2.250", "searching", "training 2/3"):
         assert expected in text
+
+
+def scoring(watcher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two domains of 30 rows: one is measured at 2 rows a second, the other waits; then both are done."""
+    watcher.phase("scoring the rows of 2 domains")
+    watcher.scored("apples", 0, 30)
+    watcher.scored("bricks", 0, 30)
+    task = Task(key="score-apples-0", kind="score", domain=0, shard=0)
+    for now, done in ((1e6, 10), (1e6 + 5, 20)):
+        monkeypatch.setattr(live.time, "monotonic", lambda now=now: now)
+        watcher.tick([InFlight(task=task, stage="score", done=done, total=30)])
+    for name in ("apples", "bricks"):
+        for _ in range(2):
+            watcher.scored(name, 30, 30)
+    watcher.tick([])
+
+
+def test_the_live_table_shows_the_scoring(config: StudyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = _console(monkeypatch, terminal=True)
+    with live.LiveWatcher(config) as watcher:
+        scoring(watcher, monkeypatch)
+    text = shown.getvalue()
+    assert "33 % of 60 rows measured, about 20 s left" in text
+    assert "apples 20 of 30 rows, 1 waiting" in text
+    last = text.rsplit("scoring the rows", 1)[1]
+    assert "measured" not in last, "when all is weighed there is nothing more to say"
+
+
+def test_a_bar_for_every_domain_while_only_scoring(config: StudyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = _console(monkeypatch, terminal=True)
+    with live.ScoreWatcher(config) as watcher:
+        scoring(watcher, monkeypatch)
+    text = " ".join(shown.getvalue().replace("━", "").split())
+    assert "apples 20 of 30 66 % measuring" in text
+    assert "bricks 0 of 30 0 % waiting" in text
+    assert "33 % of 60 rows measured, about 20 s left" in text
+    assert "bricks 30 of 30 100 % done" in text
+
+
+def test_a_log_of_the_scoring(config: StudyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = _console(monkeypatch, terminal=False)
+    monkeypatch.setattr(live, "TICK_SECONDS", 3.0)
+    with live.LogWatcher(config, with_trials=False) as watcher:
+        scoring(watcher, monkeypatch)
+    lines = [line[10:] for line in shown.getvalue().splitlines()]
+    assert lines == [
+        "scoring the rows of 2 domains",
+        "  16 % of 60 rows measured: apples 10 of 30 rows, 1 waiting",
+        "  33 % of 60 rows measured, about 20 s left: apples 20 of 30 rows, 1 waiting",
+        "apples: 30 rows measured",
+        "bricks: 30 rows measured",
+    ]
+
+
+@pytest.mark.parametrize("kind", [live.LogWatcher, live.LiveWatcher])
+def test_the_store_is_read_once_a_second(kind: Any, config: StudyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    _console(monkeypatch, terminal=kind is live.LiveWatcher)
+    reads = []
+    read = live._StudyReader.read
+    monkeypatch.setattr(live._StudyReader, "read", lambda self: reads.append(1) or read(self))
+    monkeypatch.setattr(live.time, "monotonic", lambda: 100.0)
+    watcher = kind(config)
+    for _ in range(5):
+        watcher.changed()
+        watcher.tick([])
+    assert len(reads) == 1
+    monkeypatch.setattr(live.time, "monotonic", lambda: 101.5)
+    watcher.tick([])
+    watcher.tick([])
+    assert len(reads) == 2, "what came meanwhile is not forgotten"

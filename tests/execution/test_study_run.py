@@ -25,7 +25,7 @@ from duet_ray.records import Trial
 from duet_ray.selection import SelectionContext, select
 from duet_ray.store import Store
 from duet_ray.training import load_base
-from tests.toy_study import WORDS, toy_data, write_study_file, write_toy_study
+from tests.toy_study import WORDS, toy_data, write_rows, write_study_file, write_toy_study
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -237,6 +237,21 @@ def test_a_worker_is_killed_while_it_scores(tmp_path: Path, processes: list[psut
     for domain, weights in zip(ready.scoring_domains, ready.weights(), strict=True):
         calm = select(domain, context_of(ready.config))
         np.testing.assert_array_equal(weights.scores, calm.scores)
+
+
+def test_a_domain_that_cannot_be_scored_costs_no_other(tmp_path: Path) -> None:
+    """Predictions that are never good enough, for two domains; the third is small enough to be scored exactly."""
+    selection = {"method": "influence", "n_fit_rows": 16, "n_hessian_rows": 8, "n_exact_rows": 40}
+    study = write_study(tmp_path, selection={**selection, "min_rank_correlation": 1.0})
+    write_rows(tmp_path / "data" / "bricks.jsonl", WORDS["bricks"], 30)
+    code, output = finish(start(study, verb="score"))
+    assert code == 1
+    for name in ("apples", "clouds"):
+        assert f"domain {name}: " in output
+    assert "domain bricks: " not in output
+    assert "selection.min_rank_correlation" in output
+    weights = preflight(load_config(study)).weights()
+    assert [w is not None for w in weights] == [False, True, False], "what could be scored is kept"
 
 
 def context_of(config: StudyConfig) -> SelectionContext:

@@ -1,7 +1,10 @@
 """Synthetic studies for the tests of the report: every number in them is given by hand."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
+
+import numpy as np
 
 from duet_ray.records import (
     BASE_TRIAL,
@@ -15,7 +18,9 @@ from duet_ray.records import (
     TrialKind,
     trial_name,
 )
+from duet_ray.report.scores import score_summary
 from duet_ray.report.summary import DomainSummary, StudySummary
+from duet_ray.selection.base import RowWeights
 
 N_ROWS = 120
 
@@ -134,6 +139,30 @@ def study(
     )
 
 
+def scored(summary: StudySummary, *weights: RowWeights, text: str = "question {row}", **changes: int) -> StudySummary:
+    """The study with these weights of its first domains, whose rows read `text → answer`."""
+
+    def texts(rows: Sequence[int]) -> list[dict[str, str | int]]:
+        return [
+            {"source": "data/rows.jsonl", "line": r + 1, "prompt": text.format(row=r), "completion": f"answer {r}"}
+            for r in rows
+        ]
+
+    found = [score_summary(w, texts, method="influence (ekfac), rank weighting", **changes) for w in weights]
+    domains = [replace(d, scores=s) for d, s in zip(summary.domains, found, strict=False)]
+    return replace(summary, domains=(*domains, *summary.domains[len(domains) :]))
+
+
+def weights_of(scores: Sequence[float]) -> RowWeights:
+    """Row i's probability is its share of the sum of 1 … n, by its place in `scores` from below."""
+    ranks = np.argsort(np.argsort(scores)) + 1.0
+    return RowWeights(
+        scores=np.array(scores, dtype=float),
+        probabilities=ranks / ranks.sum(),
+        details={"cg_residual": 0.00125, "prepare_seconds": 60.0, "measure_seconds": 65.0},
+    )
+
+
 def gallery() -> dict[str, StudySummary]:
     """Studies of every shape that a report has to survive."""
     many = [[2.0 + 0.01 * ((7 * i) % 13) + 0.005 * s for s in range(4)] for i in range(60)]
@@ -162,5 +191,12 @@ def gallery() -> dict[str, StudySummary]:
         "20 domains, 60 trials": study(
             many, n_domains=20, n_start=20, confirm={5: [2.03, 2.05, 2.04], 0: [2.06, 2.07, 2.05]}
         ),
+        "scored": scored(
+            study([[2.5, 2.6], [2.4, 2.45]]),
+            weights_of([((7 * i) % 50) ** 2 for i in range(50)]),
+            RowWeights(scores=np.zeros(40), probabilities=np.full(40, 1 / 40), notes=("all 40 scores are equal",)),
+        ),
+        "in order": scored(study([[2.5]]), *[RowWeights(order=np.arange(60)[::-1])] * 3, n_drawn=30),
+        "uniform rows": scored(study([[2.5]]), *[RowWeights(probabilities=np.full(40, 1 / 40))] * 3),
         "45 domains": study([[2.5, 2.6], [2.4, 2.45]], n_domains=45),
     }

@@ -10,7 +10,7 @@ from PIL import Image
 from duet_ray.report import figures
 from duet_ray.report.figures import draw_all
 from duet_ray.report.palette import domain_look
-from tests.report.summaries import gallery, study
+from tests.report.summaries import gallery, scored, study, weights_of
 
 
 @pytest.fixture
@@ -122,3 +122,25 @@ def test_forty_domains_look_different() -> None:
     assert len({(d.colour, d.glyph) for d in looks}) == 40
     assert len({d.css for d in looks}) == 40
     assert len({d.letter for d in looks}) == 40
+
+
+def test_a_panel_for_every_domain_with_scores(axes_drawn: list[Figure]) -> None:
+    summary = scored(study([[2.5]], names=["a$x$", "b", "c"]), weights_of([0, 1, 2, 3, 4, 5, 6, 7, 8]))
+    assert figures.scores(summary) is not None
+    panels = [axes for axes in axes_drawn[0].axes if axes.has_data()]
+    assert [axes.get_title() for axes in panels] == [r"a\$x\$"]
+    assert [bar.get_height() for bar in panels[0].patches] == [3, 3, 3]
+    assert panels[0].get_xlim() == (0, 8)
+    assert [t.get_text() for t in panels[0].texts] == ["", ""], "no row lies beyond"
+
+
+def test_rows_beyond_a_panel_are_counted_on_it(axes_drawn: list[Figure]) -> None:
+    figures.scores(scored(study([[2.5]]), weights_of([-1e9] * 4 + list(range(992)) + [1e9] * 4)))
+    panel = axes_drawn[0].axes[0]
+    assert panel.get_xlim() == pytest.approx((0, 991))
+    assert [t.get_text() for t in panel.texts] == ["← 4", "4 →"]
+
+
+@pytest.mark.parametrize("name", ["confirmed", "in order", "uniform rows"])
+def test_no_panels_without_scores(name: str) -> None:
+    assert figures.scores(gallery()[name]) is None

@@ -6,13 +6,16 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from duet_ray.report import figures, page
+from duet_ray import files
+from duet_ray.report import figures
 from duet_ray.report.figures import Picture
 from duet_ray.report.page import render, write_report
 from duet_ray.report.verdict import verdict
-from tests.report.summaries import gallery, study
+from duet_ray.selection.base import RowWeights
+from tests.report.summaries import gallery, scored, study, weights_of
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
@@ -158,8 +161,82 @@ def test_a_failed_write_keeps_the_old_report(tmp_path: Path, monkeypatch: pytest
     def full(*_: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(page.os, "replace", full)
+    monkeypatch.setattr(files.os, "replace", full)
     with pytest.raises(OSError, match="No space left"):
         write_report(gallery()["confirmed"], tmp_path)
     assert (tmp_path / "report.html").read_bytes() == old
     assert not list(tmp_path.rglob(".*"))
+
+
+# Selection ----------------------------------------------------------------------------------------------------------
+
+
+def selection_of(html: str) -> str:
+    """The words of the section, in one line."""
+    words = " ".join(" ".join(read(html).text).split())
+    assert "How rows were chosen inside a domain" in words
+    return words[words.index("How rows were chosen inside a domain") :].split(" Notes ")[0]
+
+
+def test_the_best_and_worst_rows_by_hand() -> None:
+    # Ranks 2, 1, 4, 3 of 10: probabilities 0.2, 0.1, 0.4, 0.3, that is 0.8, 0.4, 1.6 and 1.2 × uniform.
+    said = selection_of(render(scored(study([[2.5]]), weights_of([2.0, -1.0, 40.0, 3.0])), []))
+    assert "inside a domain: influence (ekfac), rank weighting." in said
+    assert "domain-0 3 (75 %) -1 2.5 40 2 min 5 s cg residual 0.00125" in said
+    assert "The 2 best 2 40 1.6 rows.jsonl:3 question 2 → answer 2 3 3 1.2 rows.jsonl:4 question 3" in said
+    assert "The 2 worst, the lowest first 1 -1 0.4 rows.jsonl:2 question 1 → answer 1 0 2 0.8 rows.jsonl:1" in said
+
+
+def test_ten_rows_at_either_end() -> None:
+    html = render(gallery()["scored"], [])
+    assert "The 10 best" in html
+    assert "The 10 worst" in html
+    assert html.count("rows.jsonl:") == 20
+    assert "domain-1: no row is better than another" in " ".join(" ".join(read(html).text).split())
+
+
+def test_an_order_shows_places_and_what_can_be_drawn() -> None:
+    said = selection_of(render(gallery()["in order"], []))
+    assert "domain-0 30 of 60 – – – –" in said
+    assert "The first 10 of the order 59 – 1 rows.jsonl:60" in said
+    assert "The last 10 of the 30 that can be drawn 30 – 30 rows.jsonl:31" in said
+    assert "× uniform" not in said
+    assert "effective sample size" not in said
+
+
+def test_rows_that_are_never_drawn_say_so() -> None:
+    weights = RowWeights(scores=np.array([1.0, 2.0]), probabilities=np.array([0.0, 1.0]))
+    assert "0 1 never rows.jsonl:1" in selection_of(render(scored(study([[2.5]]), weights), []))
+
+
+def test_uniform_selection_is_one_sentence() -> None:
+    said = selection_of(render(gallery()["uniform rows"], []))
+    assert said.endswith("No row was preferred to another.")
+
+
+def test_without_scores_there_is_no_section() -> None:
+    html = render(gallery()["confirmed"], [])
+    assert "<h2>Selection</h2>" not in html
+
+
+def test_the_texts_of_rows_are_escaped_and_shown_whole_on_demand() -> None:
+    evil = '</bdi></td><script>alert("x")</script>\x1b[2J\u202e <img src=x onerror=y> {{ 7 * 7 }} ' + "long " * 60
+    html = render(scored(study([[2.5]]), weights_of([1.0, 2.0]), text=evil.replace("{", "{{").replace("}", "}}")), [])
+    reader = read(html)
+    assert {"script", "img"}.isdisjoint(reader.tags)
+    assert not [name for _, name, _ in reader.attributes if name.startswith("on")]
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\u202a-\u202e]", html)
+    full = next(piece for piece in reader.text if piece.count("long") == 60)
+    assert full.startswith('</bdi></td><script>alert("x")</script>␛[2J')
+    assert "{{ 7 * 7 }}" in full
+    assert full.endswith("→ answer 1")
+    short = next(piece for piece in reader.text if "…" in piece and piece.startswith("</bdi>"))
+    assert 155 < len(short) <= 160
+
+
+def test_the_histograms_stand_in_their_section(tmp_path: Path) -> None:
+    html = write_report(gallery()["scored"], tmp_path).read_text(encoding="utf-8")
+    before, section = html.split("<h2>Selection</h2>")
+    assert before.count("<img") == 3
+    assert section.count("<img") == 1
+    assert (tmp_path / "figures" / "scores.png").is_file()

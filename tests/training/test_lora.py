@@ -8,6 +8,7 @@ from peft import PeftModel
 from duet_ray.config import TrainingConfig
 from duet_ray.errors import ConfigError, SampleFailed, StoreError
 from duet_ray.records import TokenRow
+from duet_ray.training import Checkpoint
 from duet_ray.training.lora import LoraTrainer
 from tests.tiny_model import tiny_llama, tiny_tokenizer
 
@@ -280,3 +281,95 @@ def test_unknown_target_modules_are_refused_with_the_names_there_are():
     with pytest.raises(ConfigError, match=r"training\.target_modules: .*query.* called: .*q_proj"):
         trainer.train(make_rows(), seed=0)
     assert torch.equal(logits(trainer.model), before)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_happens_at_the_end_of_an_epoch_changes_nothing_in_training(checkpointing, tmp_path):
+    rows, changes = make_rows(), {"epochs": 3, "dropout": 0.1, "gradient_checkpointing": checkpointing}
+    plain = make_trainer(**changes)
+    plain.train(rows, seed=3)
+    watched, modes, steps = make_trainer(**changes), [], []
+
+    def on_epoch(checkpoint: Checkpoint) -> None:
+        modes.append(any(m.training for m in watched.model.modules()))
+        watched.save(tmp_path / str(checkpoint.epoch))
+        logits(watched.model)
+
+    def on_step(_done: int, _total: int) -> None:
+        layer = watched.model.get_base_model().model.layers[0]
+        steps.append((watched.model.training, layer.self_attn.training, layer.gradient_checkpointing))
+
+    watched.train(rows, seed=3, on_epoch=on_epoch, on_step=on_step)
+    assert_equal(adapter(watched), adapter(plain))
+    assert modes == [False] * 3
+    assert steps == [(True, True, checkpointing)] * 9
+    assert not any(m.training for m in watched.model.modules())
+
+
+def test_a_checkpoint_holds_the_optimizer_and_its_weights_can_be_saved(monkeypatch, tmp_path):
+    """Against Adam's moments by hand, from the gradients as they are after clipping."""
+    trainer, clip = make_trainer(max_grad_norm=0.5), torch.nn.utils.clip_grad_norm_
+    moments: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    seen: list[Checkpoint] = []
+    weights: list[dict[str, torch.Tensor]] = []
+
+    def after_clipping(parameters, limit):
+        norm = clip(parameters, limit)
+        for p in parameters:
+            m, v = moments.get(id(p), (torch.zeros_like(p), torch.zeros_like(p)))
+            moments[id(p)] = 0.9 * m + 0.1 * p.grad, 0.999 * v + 0.001 * p.grad**2
+        return norm
+
+    def on_epoch(checkpoint: Checkpoint) -> None:
+        trained = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
+        assert checkpoint.moments.keys() == trained.keys()
+        for name, (m, v) in checkpoint.moments.items():
+            by_hand = moments[id(trained[name])]
+            torch.testing.assert_close(m, by_hand[0], rtol=1e-5, atol=1e-9)
+            torch.testing.assert_close(v, by_hand[1], rtol=1e-5, atol=1e-12)
+        trainer.save(tmp_path / str(checkpoint.epoch))
+        weights.append(adapter(trainer))
+        seen.append(checkpoint)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", after_clipping)
+    trainer.train(make_rows(), seed=0, on_epoch=on_epoch)
+    # Six steps at 6/6, 5/6, … 1/6 of the rate, three an epoch.
+    assert [(c.epoch, c.n_steps) for c in seen] == [(0, 3), (1, 6)]
+    assert [c.learning_rate for c in seen] == pytest.approx([1e-2 * 5 / 6, 1e-2 * 2 / 6])
+    assert_equal(weights[1], adapter(trainer))
+    for epoch in (0, 1):
+        trainer.load(tmp_path / str(epoch))
+        assert_equal(adapter(trainer), weights[epoch])
+    assert not torch.equal(next(iter(weights[0].values())), next(iter(weights[1].values())))
+
+
+def test_the_last_steps_of_an_epoch_that_does_not_divide_evenly_count():
+    seen: list[Checkpoint] = []
+    make_trainer(schedule="constant").train(make_rows(17), seed=0, on_epoch=seen.append)
+    assert [(c.epoch, c.n_steps, c.learning_rate) for c in seen] == [(0, 3, 1e-2), (1, 6, pytest.approx(1e-2))]
+
+
+def test_a_layer_that_the_model_never_uses_has_moments_of_zero():
+    model = tiny_llama()
+    with torch.random.fork_rng(devices=[]):
+        model.spare = torch.nn.Linear(8, 8, bias=False)
+    trainer = LoraTrainer(model, tiny_tokenizer(), config(target_modules=["q_proj", "spare"]))
+    seen: list[Checkpoint] = []
+    trainer.train(make_rows(), seed=0, on_epoch=seen.append)
+    spare = {name: pair for name, pair in seen[1].moments.items() if "spare" in name}
+    assert len(spare) == 2
+    assert not any(t.any() for pair in spare.values() for t in pair)
+    assert all(t.any() for name, pair in seen[1].moments.items() for t in pair if name not in spare)
+
+
+def test_an_error_at_the_end_of_an_epoch_leaves_the_base_untouched():
+    trainer = make_trainer()
+    before = logits(trainer.model)
+
+    def fail(_checkpoint: Checkpoint) -> None:
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space left"):
+        trainer.train(make_rows(), seed=0, on_epoch=fail)
+    assert torch.equal(logits(trainer.model), before)
+    assert not trainer.model.training
