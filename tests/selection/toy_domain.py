@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +28,10 @@ class ToyRows:
 
     def rows(self, ids: Sequence[int]) -> list[TokenRow]:
         return [self.items[i] for i in ids]
+
+    def texts(self, ids: Sequence[int]) -> list[dict[str, Any]]:
+        """Token `FIRST` is an "a"."""
+        return [{"row": i, "text": "".join(chr(ord("a") + t - FIRST) for t in self.items[i].input_ids)} for i in ids]
 
 
 @dataclass(frozen=True)
