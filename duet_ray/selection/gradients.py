@@ -28,6 +28,12 @@ Vector = list[torch.Tensor]
 OnPair = Callable[[int, torch.Tensor, torch.Tensor], None]
 """Called with (index of the linear, its inputs `(b, t, in)`, its output gradients `(b, t, out)`), both float32."""
 
+OnDelta = Callable[[torch.Tensor], None]
+"""Called with a linear's output gradients, in the model's arithmetic, in the backward pass."""
+
+OnInput = Callable[[int, torch.Tensor], OnDelta]
+"""Called with (index of the linear, its inputs) in the forward pass: what it holds on to is held until the backward."""
+
 
 class Rows(Protocol):
     """Tokenised rows that may lie on disk: a domain's training or validation set."""
@@ -191,10 +197,22 @@ def ghost_products(
     for ids, batch in adapted.batches(rows):
         sums = torch.zeros(len(ids), device=adapted.device)
 
-        def add(index: int, x: torch.Tensor, delta: torch.Tensor, sums: torch.Tensor = sums) -> None:
-            sums.add_(((x @ vector[index].T) * delta).sum(dim=(1, 2)))
+        def on_input(index: int, x: torch.Tensor, sums: torch.Tensor = sums) -> OnDelta:
+            # One of the two sides has the width of the adapter's rank. The product is taken there, and nothing wider
+            # waits for the backward pass.
+            v = vector[index]
+            n_out, n_in = v.shape
+            if n_out < n_in:
+                with torch.autocast(x.device.type, enabled=False):
+                    x = x.float() @ v.T
 
-        backward_pairs(adapted, batch, adapted.token_nll, add)
+            def on_delta(delta: torch.Tensor) -> None:
+                delta = delta.float() if n_out < n_in else delta.float() @ v
+                sums.add_((x * delta).sum(dim=(1, 2)))
+
+            return on_delta
+
+        _backward(adapted, batch, adapted.token_nll, on_input)
         products[ids] = sums.double().cpu().numpy()
         done += len(ids)
         if on_rows is not None:
@@ -212,15 +230,23 @@ def backward_pairs(
     Args:
         losses: batch → any number of losses; their sum is what is differentiated.
     """
+
+    def on_input(index: int, x: torch.Tensor) -> OnDelta:
+        return lambda delta: on_pair(index, x.float(), delta.float())
+
+    _backward(adapted, batch, losses, on_input)
+
+
+def _backward(adapted: AdaptedModel, batch: Batch, losses: Callable[[Batch], torch.Tensor], on_input: OnInput) -> None:
     if batch.n_loss_tokens == 0:
         return
-    with _tapped(adapted, tuple(batch.input_ids.shape), on_pair) as embedded:
+    with _tapped(adapted, tuple(batch.input_ids.shape), on_input) as embedded:
         total = losses(batch).sum()
         torch.autograd.grad(total, embedded)
 
 
 @contextmanager
-def _tapped(adapted: AdaptedModel, shape: tuple[int, ...], on_pair: OnPair) -> Iterator[list[torch.Tensor]]:
+def _tapped(adapted: AdaptedModel, shape: tuple[int, ...], on_input: OnInput) -> Iterator[list[torch.Tensor]]:
     """Hooks on every linear; yields the list that will hold the embeddings, where the backward pass ends."""
     embedded: list[torch.Tensor] = []
 
@@ -236,7 +262,7 @@ def _tapped(adapted: AdaptedModel, shape: tuple[int, ...], on_pair: OnPair) -> I
                     f"{adapted.names[index]} sees inputs of shape {tuple(x.shape)}, not (rows, tokens, width): "
                     "its rows cannot be told apart; leave it out of training.target_modules"
                 )
-            output.register_hook(lambda delta: on_pair(index, x.float(), delta.float()))
+            output.register_hook(on_input(index, x))
 
         return forward_hook
 

@@ -9,7 +9,8 @@ from duet_ray.config import TrainingConfig
 from duet_ray.errors import SelectionError
 from duet_ray.likelihood import collate, row_nll
 from duet_ray.records import TokenRow
-from duet_ray.selection.gradients import AdaptedModel, RowList, ghost_products, mean_gradient, trainable
+from duet_ray.selection import gradients
+from duet_ray.selection.gradients import AdaptedModel, RowList, RowView, ghost_products, mean_gradient, trainable
 from duet_ray.training.lora import LoraTrainer, autocast
 from tests.selection.toy_domain import toy_domain
 from tests.tiny_model import tiny_llama, tiny_tokenizer
@@ -69,6 +70,34 @@ def test_the_batch_size_does_not_matter(adapted):
     alone = ghost_products(AdaptedModel.of(adapted.model, pad_id=0, batch_size=1), rows, vector)
     together = ghost_products(AdaptedModel.of(adapted.model, pad_id=0, batch_size=23), rows, vector)
     np.testing.assert_allclose(alone, together, rtol=1e-5, atol=1e-5)
+
+
+def test_shards_do_not_matter(adapted):
+    rows, vector = RowList(toy_domain(23).train.items), random_vector(adapted)
+    shards = [RowView(rows, ids) for ids in np.split(np.arange(23), [4, 9, 10])]
+    parts = np.concatenate([ghost_products(adapted, shard, vector) for shard in shards])
+    np.testing.assert_allclose(parts, ghost_products(adapted, rows, vector), rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_kept_for_the_backward_pass_is_as_narrow_as_the_adapter(adapted, monkeypatch):
+    """Otherwise every linear would keep a float32 copy of its inputs, which a plain pass does not."""
+    kept: list[int] = []
+    tapped = gradients._tapped
+
+    def watched(adapted, shape, on_input):
+        def watch(index, x):
+            on_delta = on_input(index, x)
+            kept.extend(c.cell_contents.shape[-1] for c in on_delta.__closure__ if _is_batch(c.cell_contents, shape))
+            return on_delta
+
+        return tapped(adapted, shape, watch)
+
+    def _is_batch(held, shape):
+        return isinstance(held, torch.Tensor) and held.shape[:-1] == shape
+
+    monkeypatch.setattr(gradients, "_tapped", watched)
+    ghost_products(adapted, RowList(toy_domain(5).train.items), random_vector(adapted))
+    assert kept == [TRAINING.rank] * len(adapted.linears)
 
 
 def test_bfloat16_under_autocast_agrees_with_its_own_gradients():

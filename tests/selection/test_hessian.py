@@ -12,14 +12,17 @@ from torch import nn
 from duet_ray.config import TrainingConfig
 from duet_ray.likelihood import collate
 from duet_ray.records import TokenRow
+from duet_ray.selection import hessian
 from duet_ray.selection.gradients import AdaptedModel, RowList, Vector, ghost_products, mean_gradient, trainable
 from duet_ray.selection.hessian import (
     Ekfac,
     GaussNewton,
+    Hessian,
     completion_logits,
     conjugate_gradient,
     dot,
     eager_attention,
+    first_with_the_same_inputs,
     mean_eigenvalue,
     sampled_pairs,
 )
@@ -93,6 +96,46 @@ def test_the_product_in_bfloat16_is_near(rows):
     assert (product - reference).norm() < 0.1 * reference.norm()
 
 
+def test_the_product_with_the_exact_hessian_is_the_slope_of_the_gradient(adapted, rows):
+    vector, step = [v / 30 for v in random_vector(adapted)], 1e-2
+    before = [w.detach().clone() for w in adapted.weights]
+
+    def gradient(sign: int) -> torch.Tensor:
+        with torch.no_grad():
+            for w, start, v in zip(adapted.weights, before, vector, strict=True):
+                w.copy_(start + sign * step * v)
+        return flat(mean_gradient(adapted, rows)[1])
+
+    expected = (gradient(1) - gradient(-1)) / (2 * step)
+    gradient(0)
+    with eager_attention(adapted.model):
+        product = flat(Hessian(adapted, rows).product(vector))
+        gauss_newton = flat(GaussNewton(adapted, rows).product(vector))
+    assert (product - expected).norm() < 0.01 * expected.norm()
+    assert (gauss_newton - expected).norm() > 0.1 * expected.norm()
+
+
+def test_the_product_with_the_exact_hessian_in_bfloat16_is_near(rows):
+    adapted = adapted_model(["q_proj", "down_proj"], dtype=torch.bfloat16)
+    with eager_attention(adapted.model):
+        product = flat(Hessian(adapted, rows).product(random_vector(adapted)))
+        adapted.model.float()
+        reference = flat(Hessian(adapted, rows).product(random_vector(adapted)))
+    assert (product - reference).norm() < 0.1 * reference.norm()
+
+
+@pytest.mark.parametrize("curvature", [GaussNewton, Hessian])
+def test_products_leave_rows_without_completion_tokens_out(adapted, rows, curvature):
+    empty = TokenRow(np.arange(10, 14, dtype=np.int32), np.zeros(4, dtype=bool))
+    vector = random_vector(adapted)
+    with eager_attention(adapted.model):
+        alone = curvature(adapted, rows).product(vector)
+        beside = curvature(adapted, RowList([empty] * 4 + rows.items)).product(vector)
+        nothing = curvature(adapted, RowList([empty])).product(vector)
+    torch.testing.assert_close(flat(beside), flat(alone), rtol=1e-4, atol=1e-6)
+    assert not flat(nothing).any()
+
+
 def test_conjugate_gradients_solve_the_damped_system(adapted, rows, dense):
     damping = 0.1 * float(dense.diagonal().mean())
     _, gradient = mean_gradient(adapted, RowList(toy_domain(1, 8).validation.items))
@@ -129,6 +172,43 @@ def test_eager_attention_is_for_a_while_only(adapted):
     assert adapted.model.config._attn_implementation == before != "eager"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linears_with_the_same_inputs_are_found(rows, dtype):
+    adapted = adapted_model("all-linear", dtype=dtype)
+    first = first_with_the_same_inputs(adapted, rows)
+    layers = [name.split(".layers.")[1].replace(".default", "") for name in adapted.names]
+    shared = {layers[i]: layers[j] for i, j in enumerate(first) if i != j}
+    assert shared == {
+        f"{layer}.{block}.{name}_proj.lora_A": f"{layer}.{block}.{leader}_proj.lora_A"
+        for layer in (0, 1)
+        for block, name, leader in (("self_attn", "k", "q"), ("self_attn", "v", "q"), ("mlp", "up", "gate"))
+    }
+    assert not any(m._forward_pre_hooks for m in adapted.model.modules())
+
+
+def test_sharing_a_basis_changes_nothing(monkeypatch, rows):
+    adapted = adapted_model(["q_proj", "k_proj", "v_proj"], rank=2)
+    vector = random_vector(adapted)
+    shared = Ekfac.fit(adapted, rows, seed=0)
+    monkeypatch.setattr(hessian, "first_with_the_same_inputs", lambda adapted, _: list(range(len(adapted.linears))))
+    apart = Ekfac.fit(adapted, rows, seed=0)
+    assert len({id(q) for q in shared.input_bases}) < len({id(q) for q in apart.input_bases})
+    torch.testing.assert_close(flat(shared.solve(vector, 0.01)), flat(apart.solve(vector, 0.01)), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("n_tokens", [2, 5, 20])
+@pytest.mark.parametrize(("n_in", "n_out"), [(3, 9), (9, 3)])
+def test_gradients_are_turned_alike_before_and_after_the_sum_over_tokens(n_tokens, n_in, n_out):
+    generator = torch.Generator().manual_seed(0)
+    x, delta, q_in, q_out = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((4, n_tokens, n_in), (4, n_tokens, n_out), (n_in, n_in), (n_out, n_out))
+    )
+    gradients = torch.einsum("bto,bti->boi", delta, x)
+    expected = torch.einsum("op,boi,ij->bpj", q_out, gradients, q_in)
+    torch.testing.assert_close(hessian._rotated_gradients(x, delta, q_in, q_out), expected)
+
+
 class OneLinear(nn.Module):
     """logits = W · onehot(token): one linear, and for rows that start alike a Fisher matrix that is a Kronecker one."""
 
@@ -162,7 +242,7 @@ def test_ekfac_is_exact_where_the_fisher_matrix_is_a_kronecker_product():
     (solution,) = Ekfac.fit(adapted, rows, seed=7).solve([vector], damping)
     torch.testing.assert_close(solution.flatten().double(), expected, rtol=1e-4, atol=1e-5)
     # With labels drawn from the model, the Fisher matrix is the Gauss–Newton matrix, within the noise of 200 draws.
-    exact = dense_gauss_newton(adapted, rows)
+    exact = dense_gauss_newton(adapted, RowList(rows.items[:1]))  # labels have no part in it: one row is as good as all
     assert (fisher - exact).norm() < 0.25 * exact.norm()
 
 
@@ -231,6 +311,16 @@ def test_conjugate_gradients_that_run_out_of_iterations_say_how_far_they_are():
 def test_conjugate_gradients_of_a_broken_product_are_not_finite():
     solution = conjugate_gradient(lambda v: [v[0] * np.nan], [torch.ones(3)], max_iterations=3, tolerance=1e-8)
     assert np.isnan(solution.residual)
+
+
+def test_conjugate_gradients_end_at_negative_curvature_and_say_so():
+    matrix = spd(30) - 0.5 * torch.eye(30)
+    assert torch.linalg.eigvalsh(matrix)[0] < 0
+    solution = conjugate_gradient(lambda v: [matrix @ v[0]], [torch.ones(30)], max_iterations=100, tolerance=1e-8)
+    assert torch.linalg.eigvalsh(matrix)[0] <= solution.negative_curvature < 0
+    assert 0 < solution.n_iterations < 30
+    definite = conjugate_gradient(lambda v: [spd(30) @ v[0]], [torch.ones(30)], max_iterations=9, tolerance=1e-8)
+    assert definite.negative_curvature is None
 
 
 def test_conjugate_gradients_of_zero_are_zero():
