@@ -203,7 +203,7 @@ def shortened(prompt: str, completion: str, *, width: int = 160) -> str:
 
 def seconds_spent(details: Mapping[str, float | None]) -> float | None:
     """What the domain's scores cost, over all workers; None where nothing was computed for them."""
-    parts = [details.get(name) for name in ("prepare_seconds", "measure_seconds")]
+    parts = [details.get(name) for name in ("prepare_seconds", "measure_seconds", "weigh_seconds")]
     known = [part for part in parts if part is not None]
     return sum(known) if known else None
 

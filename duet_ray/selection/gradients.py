@@ -195,29 +195,40 @@ def ghost_products(
     products = np.zeros(len(rows))
     done = 0
     for ids, batch in adapted.batches(rows):
-        sums = torch.zeros(len(ids), device=adapted.device)
+        # One of the two sides of every linear has the width of the adapter's rank: the product is taken there, nothing
+        # wider waits for the backward pass, and one sum at the end serves all linears.
+        lefts: list[torch.Tensor] = []
+        rights: list[torch.Tensor] = []
 
-        def on_input(index: int, x: torch.Tensor, sums: torch.Tensor = sums) -> OnDelta:
-            # One of the two sides has the width of the adapter's rank. The product is taken there, and nothing wider
-            # waits for the backward pass.
+        def on_input(
+            index: int, x: torch.Tensor, lefts: list[torch.Tensor] = lefts, rights: list[torch.Tensor] = rights
+        ) -> OnDelta:
             v = vector[index]
             n_out, n_in = v.shape
-            if n_out < n_in:
-                with torch.autocast(x.device.type, enabled=False):
-                    x = x.float() @ v.T
+            left = _float_product(x, v.T) if n_out < n_in else x
 
             def on_delta(delta: torch.Tensor) -> None:
-                delta = delta.float() if n_out < n_in else delta.float() @ v
-                sums.add_((x * delta).sum(dim=(1, 2)))
+                lefts.append(left.float())
+                rights.append(delta.float() if n_out < n_in else delta.float() @ v)
 
             return on_delta
 
         _backward(adapted, batch, adapted.token_nll, on_input)
-        products[ids] = sums.double().cpu().numpy()
+        if lefts:
+            sums = (torch.cat(lefts, dim=-1) * torch.cat(rights, dim=-1)).sum(dim=(1, 2))
+            products[ids] = sums.double().cpu().numpy()
         done += len(ids)
         if on_rows is not None:
             on_rows(done)
     return products
+
+
+def _float_product(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """x @ matrix in float32, also where the model computes in less."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x.float() @ matrix
+    with torch.autocast(x.device.type, enabled=False):
+        return x.float() @ matrix
 
 
 def backward_pairs(

@@ -86,16 +86,23 @@ class Scoring:
         if self._is_trivial:
             note = "there is one training row only: nothing to choose between"
             return RowWeights(probabilities=np.ones(1), notes=(note,))
+        started = time.perf_counter()
         measured = np.concatenate([np.load(self._file(s), allow_pickle=False) for s in range(self.n_shards)])
         with self._naming_the_domain():
             selector = make_selector(self.context.settings)
             weights = selector.weigh(self.domain, measured, self.context, self._prepared)
+        weigh_seconds = time.perf_counter() - started
         found = self.findings()
         seconds = [json.loads(self._file(s).with_suffix(".json").read_text())["seconds"] for s in range(self.n_shards)]
         return replace(
             weights,
             notes=(*found.notes, *weights.notes),
-            details={**found.details, **weights.details, "measure_seconds": sum(seconds)},
+            details={
+                **found.details,
+                **weights.details,
+                "measure_seconds": sum(seconds),
+                "weigh_seconds": weigh_seconds,
+            },
         )
 
     def findings(self) -> Findings:

@@ -17,6 +17,8 @@ METHODS = [
     SelectionConfig(method="uniform"),
     SelectionConfig(method="influence", solver="ekfac", n_hessian_rows=8),
     SelectionConfig(method="influence", solver="cg", n_hessian_rows=8, cg_iterations=2),
+    SelectionConfig(method="influence", solver="cg", n_hessian_rows=8, cg_iterations=2, curvature="hessian"),
+    SelectionConfig(method="influence", solver="lissa", n_hessian_rows=8, lissa_depth=2),
     SelectionConfig(method="remove_harmful", n_hessian_rows=8),
     SelectionConfig(method="top_n", n_hessian_rows=8),
     SelectionConfig(method="influence", n_hessian_rows=8, n_exact_rows=32, min_rank_correlation=-1),
@@ -31,7 +33,7 @@ METHODS = [
 TRAINING = TrainingConfig(rank=2, learning_rate=1e-2, batch_size=8, max_tokens=16, target_modules=["q_proj"])
 
 
-@pytest.fixture(params=METHODS, ids=lambda s: f"{s.method}-{s.solver}")
+@pytest.fixture(params=METHODS, ids=lambda s: f"{s.method}-{s.solver}" if "influence" in s.method else s.method)
 def settings(request) -> SelectionConfig:
     return request.param
 
