@@ -66,8 +66,6 @@ from duet_ray.selection.hessian import Ekfac
 OURS, TO_EMBEDDINGS, AS_TRAINED = "ours", "floor (i): backward to the embeddings", "floor (ii): backward as in training"
 LOOP, VMAP, BERGSON, KRONFLUENCE = "loop of gradients", "vmap(grad)", "bergson", "kronfluence"
 PEERS = {BERGSON: "bergson", KRONFLUENCE: "kronfluence"}
-N_TOKENS = (16, 48)
-"""The shortest and the longest row: short questions and answers, as in the demo."""
 N_WARM_UP = {"less": 2, "tracin": 2}
 """Epochs, and so checkpoints."""
 WHOLE = ("influence ekfac", "influence cg", "influence lissa", "less", "tracin")
@@ -319,7 +317,8 @@ def verdict(runs: dict[str, list[Measured]], name: str, goal: float) -> str:
         return f"Ours takes {value:.2f} × the time of {name} (goal: at most {goal:g}; {met})"
     value = _ratio(runs[name], runs[OURS])
     met = "met" if value >= goal else "NOT met"
-    return f"Ours is {value:.2f} × as fast as the {name} (goal: at least {goal:g}; {met})"
+    most = _ratio(runs[name], runs[TO_EMBEDDINGS])
+    return f"Ours is {value:.2f} × as fast as the {name}, floor (i) {most:.2f} × (goal: at least {goal:g}; {met})"
 
 
 def _ratio(a: list[Measured], b: list[Measured]) -> float:
@@ -417,9 +416,11 @@ def run(case: Case, repeats: int, goals: Mapping[str, float]) -> None:
     print(f"\n({time.perf_counter() - started:.0f} s in all)", flush=True)
 
 
-def tiny_case(n_rows: int, batch_size: int, settings: Mapping[str, int] | None = None) -> Case:
+def tiny_case(
+    n_rows: int, n_tokens: tuple[int, int], batch_size: int, settings: Mapping[str, int] | None = None
+) -> Case:
     draws = np.random.default_rng(0)
-    train, validation = (repeating_rows(n, 512, N_TOKENS, draws) for n in (n_rows, 32))
+    train, validation = (repeating_rows(n, 512, n_tokens, draws) for n in (n_rows, 32))
     return Case(
         name="Tiny Llama (2 layers, hidden 64)",
         model=tiny_llama(512, 0),
@@ -431,11 +432,11 @@ def tiny_case(n_rows: int, batch_size: int, settings: Mapping[str, int] | None =
     )
 
 
-def real_case(folder: Path, n_rows: int, batch_size: int) -> Case:
+def real_case(folder: Path, n_rows: int, n_tokens: tuple[int, int], batch_size: int) -> Case:
     transformers.logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False).eval()
     draws = np.random.default_rng(0)
-    train, validation = (repeating_rows(n, 4096, N_TOKENS, draws) for n in (n_rows, batch_size))
+    train, validation = (repeating_rows(n, 4096, n_tokens, draws) for n in (n_rows, batch_size))
     settings = SelectionConfig(
         method="influence",
         n_hessian_rows=batch_size,
@@ -458,6 +459,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=24, help="rows for the real model")
     parser.add_argument("--tiny-rows", type=int, default=512, help="rows for the tiny one")
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--tokens", type=int, nargs=2, default=(16, 48), help="of the shortest and the longest row")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="the tiny model with few rows: does it run?")
     arguments = parser.parse_args()
@@ -466,15 +468,16 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*performance drop.*")
     print(f"`OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS')} python {shlex.join(sys.argv)}`", end=", ")
     print(machine("torch", "transformers", "peft", "kronfluence", "bergson"))
+    tokens = (arguments.tokens[0], arguments.tokens[1])
     goals = {TO_EMBEDDINGS: 1.2, AS_TRAINED: 1.2, LOOP: 3.0}
     if arguments.quick:
         few = {"cg_iterations": 3, "lissa_depth": 3, "n_hessian_rows": 16}
-        run(tiny_case(64, arguments.batch_size, few), 1, goals)
+        run(tiny_case(64, tokens, arguments.batch_size, few), 1, goals)
     else:
         # A run of the tiny model takes a second: more of them for the same steadiness.
-        run(tiny_case(arguments.tiny_rows, arguments.batch_size), 2 * arguments.repeats + 1, goals)
+        run(tiny_case(arguments.tiny_rows, tokens, arguments.batch_size), 2 * arguments.repeats + 1, goals)
         if arguments.model is not None:
-            case = real_case(arguments.model, arguments.rows, arguments.batch_size)
+            case = real_case(arguments.model, arguments.rows, tokens, arguments.batch_size)
             run(case, arguments.repeats, goals | {LOOP: 1.5})
     print()
     stored_line(arguments.model, 200_000)

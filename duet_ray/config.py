@@ -87,7 +87,9 @@ class MixtureConfig(Section):
 
 
 class WeightingConfig(Section):
-    kind: Literal["shift", "softmax", "rank"] = "softmax"
+    kind: Literal["rank", "softmax", "shift"] = Field(
+        "rank", description="rank: no heavy tails; softmax: sharper; shift: as the paper's Algorithm 2"
+    )
     temperature: float = Field(1.0, gt=0, description="softmax only: lower is sharper; 1 = one standard deviation")
 
 

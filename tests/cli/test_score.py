@@ -52,9 +52,8 @@ def test_stored_weights_are_shown_and_not_computed(tmp_path: Path) -> None:
     assert ended.exit_code == 0
     assert "already scored: nothing was computed" in ended.stderr
     apples, bricks = (next(line for line in ended.stdout.splitlines() if name in line) for name in ("apples", "bricks"))
-    # Softmax of 0 … 53, whose deviation is 15.585, is geometric with r = exp(-1 / 15.585) = 0.9378, and worth
-    # (1 - r^54)(1 + r) / ((1 + r^54)(1 - r)) = 29.3 rows.
-    assert apples.split()[:3] == ["apples", "54", "29"]
+    # Ranks 1 … 54 are worth (Σr)² / Σr² = 54 · 55 / 2 · 3 / 109 = 40.9 rows.
+    assert apples.split()[:3] == ["apples", "54", "41"]
     assert apples.split()[3:6] == ["0", "26.5", "53"]
     assert apples.split()[-4:] == ["1", "min", "3", "s"]
     assert bricks.split() == ["bricks", "54", "54", "0", "0", "0", "–", "–"]

@@ -212,7 +212,7 @@ def test_seconds_spent() -> None:
     ("settings", "expected"),
     [
         ({"method": "uniform"}, "uniform"),
-        ({"method": "influence"}, "influence (ekfac), softmax weighting at temperature 1"),
+        ({"method": "influence"}, "influence (ekfac), rank weighting"),
         ({"method": "influence", "solver": "cg", "weighting": {"kind": "rank"}}, "influence (cg), rank weighting"),
         ({"method": "less", "weighting": {"kind": "shift"}}, "less, shift weighting"),
         ({"method": "remove_harmful"}, "remove_harmful (ekfac), the lowest 20% never drawn"),

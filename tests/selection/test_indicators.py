@@ -134,7 +134,8 @@ def test_rows_that_help_in_context_are_drawn_more():
     assert weights.details["weight_perplexity"] < 0
     assert weights.details["weight_length"] == 0
     assert (weights.scores[near][:, None] > weights.scores[~near][None]).mean() > 0.98
-    assert weights.probabilities[near].sum() > 0.8
+    # By ranks, the upper half of 60 rows has (31 + … + 60) / (1 + … + 60) = 0.746 of the draws.
+    assert weights.probabilities[near].sum() > 0.73
     assert weights.details["mean_reward"] > 0
     assert any("length is 2.197 for (nearly) every row: it has no say" in note for note in weights.notes)
 

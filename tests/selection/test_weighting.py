@@ -60,7 +60,9 @@ def test_equal_scores_are_uniform_and_say_so(weighting, value):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_score_that_is_not_finite_is_an_error_with_a_remedy(bad):
-    with pytest.raises(SelectionError, match=r"domain maths: 1 of 3 scores are not finite; raise selection\.damping"):
+    with pytest.raises(
+        SelectionError, match=r"domain maths: 1 of 3 scores are not finite; lower training\.learning_rate"
+    ):
         weigh(np.array([0.0, bad, 1.0]), SOFTMAX, "maths")
 
 
