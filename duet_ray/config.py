@@ -318,9 +318,13 @@ class StudyConfig(Section):
 
     @property
     def model_path(self) -> str:
-        """The model's local folder if there is one at that path, else the hub id unchanged."""
-        local = self.resolve_path(self.model.path)
-        return str(local) if local.is_dir() else self.model.path
+        """`place_of` the study's model."""
+        return self.place_of(self.model.path)
+
+    def place_of(self, path: str) -> str:
+        """A model's local folder if there is one at that path, else the hub id unchanged."""
+        local = self.resolve_path(path)
+        return str(local) if local.is_dir() else path
 
     def placed_in(self, folder: Path) -> "StudyConfig":
         """The same study, its relative paths taken from `folder`."""

@@ -7,6 +7,7 @@ completion tokens of the effective batch, so that accumulation, halving and data
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,12 @@ class Batch:
     @property
     def n_loss_tokens(self) -> int:
         return int(self.loss_mask.sum())
+
+
+def pad_id(tokenizer: Any) -> int:
+    """What rows are padded with: any token will do, since no padding is looked at."""
+    found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return int(found or 0)
 
 
 def collate(rows: Sequence[TokenRow], pad_id: int, device: torch.device | str = "cpu") -> Batch:

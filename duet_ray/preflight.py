@@ -84,12 +84,11 @@ def preflight(config: StudyConfig, *, on_stage: OnStage = lambda _: None) -> Pre
     overlaps, overlap_notes = _overlaps(config, domains, sources[0], on_stage)
     space = SimplexSpace.of(config, [n_drawable(config.selection, len(domain.train)) for domain in domains])
     identity = model_identity(config)
-    scoring_domains = domains
+    scoring_domains, scorer = domains, identity
     if config.selection.surrogate is not None:
         on_stage("reading the domains for the surrogate model")
-        scoring_domains = _surrogate_domains(config, domains)
+        scoring_domains, scorer = _surrogate_domains(config, domains), model_identity(config.for_scoring)
     read_examples(config, tokenizer)
-    scorer = model_identity(config.for_scoring)
     keys = tuple(weights_key(domain, config, scorer) for domain in scoring_domains)
     weights_folder = config.resolve_path(config.storage) / "cache"
     _weigh_without_model(config, domains, weights_folder, keys)

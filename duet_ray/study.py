@@ -26,7 +26,7 @@ from duet_ray.preflight import Preflight, preflight
 from duet_ray.records import SampleSpec, Trial
 from duet_ray.report.scores import domain_scores
 from duet_ray.report.summary import StudySummary
-from duet_ray.store import Store
+from duet_ray.store import Store, StudyRecord
 
 LIBRARIES = ("duet-ray", "ray", "ax-platform", "botorch", "torch", "transformers", "peft", "lm-eval", "datasets")
 
@@ -133,8 +133,10 @@ class Study:
             raise DuetError(f"the adapter of {spec.key} is not at {adapter}; it was moved or deleted")
         ready = preflight(self.config)
         store = Store(self.folder)
-        self._check_inputs(store, ready)
+        record = store.study()
         store.close()
+        assert record is not None, "it has observations"
+        self._check_inputs(record, ready)
         mixture = mixture_of(ready.config, spec, load_draws(self._assignment(ready), ready.config))
         if rows_digest(mixture) != sample.rows_digest:
             raise StudyChanged(
@@ -201,10 +203,9 @@ class Study:
                 f"undo the change, or give the study another name"
             )
 
-    def _check_inputs(self, store: Store, ready: Preflight) -> None:
+    def _check_inputs(self, record: StudyRecord, ready: Preflight) -> None:
         """Raise `StudyChanged` if the model, the data or the task are not those that the study was started with."""
-        record = store.study()
-        known = {name: value for name, value in record.inputs.items() if name != "folder"} if record else {}
+        known = {name: value for name, value in record.inputs.items() if name != "folder"}
         if known and known != ready.inputs:
             changed = ", ".join(_changed(known, ready.inputs))
             raise StudyChanged(
@@ -215,10 +216,11 @@ class Study:
     def _start(self, store: Store, ready: Preflight) -> None:
         """Write the study's row, or see that the data are still those it was started with."""
         inputs = {**ready.inputs, "folder": str(self.config.folder)}
-        if store.study() is None:
+        record = store.study()
+        if record is None:
             store.create_study(name=self.config.name, config=self.config.model_dump(mode="json"), versions=_versions())
         else:
-            self._check_inputs(store, ready)
+            self._check_inputs(record, ready)
         store.update_study(
             config=self.config.model_dump(mode="json"),
             inputs=inputs,

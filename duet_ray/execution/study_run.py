@@ -60,6 +60,12 @@ Way = Generator[Sequence[Task], list[Outcome], str | None]
 """Yields tasks to be done together, is sent their outcomes, and returns what it failed of."""
 
 
+def _at_once(tasks: Sequence[Task]) -> Way:
+    """The way of tasks that need nothing of one another."""
+    yield tasks
+    return None
+
+
 class SilentWatcher:
     """Watches nothing."""
 
@@ -291,7 +297,7 @@ class StudyRun:
             numbers.append(number)
         if tasks:
             self.watcher.phase("measuring the finalists again with fresh seeds")
-            self._do(tasks)
+            self._do_all([_at_once(tasks)])
         for number in numbers:
             confirmed = self._trial(number)
             assert confirmed is not None
@@ -313,20 +319,6 @@ class StudyRun:
         import ray
 
         ray.get(self._broker.submit.remote(list(tasks)))
-
-    def _do(self, tasks: Sequence[Task]) -> list[Outcome]:
-        """Have tasks done, storing what finishes, and return their outcomes."""
-        import ray
-
-        self._submit(tasks)
-        keys = [task.key for task in tasks]
-        with self._closing_on_trouble():
-            while (outcomes := ray.get(self._broker.outcomes.remote(keys))) is None:
-                self._pump()
-                time.sleep(PUMP_SECONDS)
-        self._pump()
-        self._check()
-        return outcomes
 
     def _do_all(self, ways: Sequence[Way]) -> list[str]:
         """Go several ways side by side, each a sequence of tasks to be done one after the other.

@@ -179,7 +179,7 @@ class Worker:
             load_base=self._scoring_model,
             on_progress=progress,
             n_drawn=n_drawn(self._config, index, len(domain.train)),
-            embedding_model=model_place(self._config, settings.embedding_model),
+            embedding_model=self._config.place_of(settings.embedding_model) if settings.embedding_model else None,
             examples=self._examples if settings.examples else (),
         )
         place = self._config.study_folder / "scoring" / self._assignment.weights_keys[index]
@@ -262,14 +262,6 @@ def mixture_of(config: StudyConfig, spec: SampleSpec, weights: Sequence[DrawBy])
         when_short=config.mixture.when_short,
         names=config.domain_names,
     )
-
-
-def model_place(config: StudyConfig, path: str | None) -> str | None:
-    """The absolute folder of a model that lies beside the study file; a hub id unchanged."""
-    if path is None:
-        return None
-    local = config.resolve_path(path)
-    return str(local) if local.is_dir() else path
 
 
 def is_disk_full(error: BaseException) -> bool:

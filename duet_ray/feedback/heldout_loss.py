@@ -30,7 +30,7 @@ from duet_ray.domains.formats import Message
 from duet_ray.errors import DataError, FeedbackError
 from duet_ray.feedback.multiple_choice import Item, bad_rows, read_items
 from duet_ray.feedback.value import checked
-from duet_ray.likelihood import autocast, collate, length_groups, row_nll
+from duet_ray.likelihood import autocast, collate, length_groups, pad_id, row_nll
 from duet_ray.records import Direction, Feedback, TokenRow
 
 _UNCUT = 1 << 30
@@ -163,12 +163,12 @@ class HeldoutLoss:
     def _score(self, model: Any, tokenizer: Any, rows: Sequence[TokenRow]) -> np.ndarray:
         """The summed NLL of every row: `(n_rows,)` float64, in the order of `rows`."""
         self._check_lengths(model, rows)
-        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+        padding = pad_id(tokenizer)
         device = next(model.parameters()).device
         nll = np.empty(len(rows), dtype=np.float64)
         with torch.inference_mode(), autocast(model):
             for group in length_groups([len(row) for row in rows], self._section.batch_size):
-                batch = collate([rows[index] for index in group], pad_id, device)
+                batch = collate([rows[index] for index in group], padding, device)
                 nll[group] = row_nll(model, batch).double().cpu().numpy()
         return nll
 

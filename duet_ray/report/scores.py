@@ -14,9 +14,10 @@ from typing import Any, TypedDict
 import numpy as np
 
 from duet_ray.config import SelectionConfig, StudyConfig
+from duet_ray.report.wording import clipped
 from duet_ray.selection.base import RowWeights
 from duet_ray.selection.methods import method_of, n_drawn, settings_read
-from duet_ray.selection.weighting import EQUAL
+from duet_ray.selection.weighting import all_equal
 
 MAX_BINS = 40
 N_SHOWN = 10
@@ -144,12 +145,12 @@ def histogram(scores: np.ndarray) -> Histogram | None:
     Args:
         scores: `(n_rows,)`, finite.
     """
-    if _all_equal(scores):
+    if all_equal(scores):
         return None
     size = np.abs(scores).max()
     scaled = scores / size  # the smallest of scores, and the largest, make bins as any others do
     low, high = np.quantile(scaled, TAIL, method="lower"), np.quantile(scaled, 1 - TAIL, method="higher")
-    if high - low <= EQUAL * max(abs(low), abs(high)):
+    if all_equal(np.array([low, high])):
         low, high = scaled.min(), scaled.max()
     n_bins = min(MAX_BINS, math.ceil(math.sqrt(len(scores))))
     counts, edges = np.histogram(scaled, bins=n_bins, range=(low, high))
@@ -195,10 +196,10 @@ def shortened(prompt: str, completion: str, *, width: int = 160) -> str:
     """A row in one line: `What is …? → The answer`. A long prompt leaves the answer at least a third of the line."""
     prompt, completion = (" ".join(text.split()) for text in (prompt, completion))
     if not prompt:
-        return _clipped(completion, width)
+        return clipped(completion, width)
     room = width - len(" → ")
-    answer = _clipped(completion, max(room - len(prompt), room // 3))
-    return f"{_clipped(prompt, room - len(answer))} → {answer}"
+    answer = clipped(completion, max(room - len(prompt), room // 3))
+    return f"{clipped(prompt, room - len(answer))} → {answer}"
 
 
 def seconds_spent(details: Mapping[str, float | None]) -> float | None:
@@ -225,18 +226,13 @@ def _ranked(weights: RowWeights, n_drawn: int | None) -> np.ndarray:
         return weights.order[:n_drawn]
     values = weights.probabilities if weights.scores is None else weights.scores
     assert values is not None
-    return np.zeros(0, np.int64) if _all_equal(values) else np.argsort(-values, kind="stable")
+    return np.zeros(0, np.int64) if all_equal(values) else np.argsort(-values, kind="stable")
 
 
 def _n_drawable(weights: RowWeights, n_drawn: int | None) -> int:
     if weights.probabilities is not None:
         return int(np.count_nonzero(weights.probabilities))
     return weights.n_rows if n_drawn is None else min(n_drawn, weights.n_rows)
-
-
-def _all_equal(values: np.ndarray) -> bool:
-    """By `weighting`'s own rule: rounding is no difference."""
-    return bool(values.max() - values.min() <= EQUAL * np.abs(values).max())
 
 
 def _with_texts(rows: list[int], texts: Texts) -> list[tuple[int, Mapping[str, Any]]]:
@@ -247,10 +243,6 @@ def _cut(text: str) -> str:
     if len(text) <= TEXT_CHARACTERS:
         return text
     return f"{text[:TEXT_CHARACTERS]}… ({len(text) - TEXT_CHARACTERS:,} more characters)"
-
-
-def _clipped(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1].rstrip() + "…"
 
 
 def _finite(value: float) -> float | None:

@@ -79,7 +79,12 @@ def duration(seconds: float) -> str:
 def first_line(text: str, *, width: int = 160) -> str:
     """The first line with text in it, cut to `width` characters."""
     line = next((line.strip() for line in text.splitlines() if line.strip()), "")
-    return line if len(line) <= width else line[: width - 1].rstrip() + "…"
+    return clipped(line, width)
+
+
+def clipped(text: str, width: int) -> str:
+    """The text, cut to `width` characters, an ellipsis the last of them."""
+    return text if len(text) <= width else text[: width - 1].rstrip() + "…"
 
 
 def join_words(parts: Sequence[str]) -> str:

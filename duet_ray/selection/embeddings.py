@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from duet_ray.errors import SelectionError
-from duet_ray.likelihood import autocast, collate, length_groups
+from duet_ray.likelihood import autocast, collate, length_groups, pad_id
 from duet_ray.selection.base import SelectionContext
 
 AT_THE_MEAN = 1e-4
@@ -109,7 +109,7 @@ def _hidden_states(
     lengths = domain.train.n_tokens[rows].tolist()
 
     def states(places: list[int]) -> torch.Tensor:
-        batch = collate(domain.train.rows(rows[places].tolist()), tokenizer.pad_token_id or 0, device)
+        batch = collate(domain.train.rows(rows[places].tolist()), pad_id(tokenizer), device)
         with autocast(model):
             found = body(
                 input_ids=batch.input_ids,

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from duet_ray.errors import SampleFailed, SelectionError
+from duet_ray.likelihood import pad_id
 from duet_ray.seeds import child_seed
 from duet_ray.selection.base import SelectionContext
 from duet_ray.selection.gradients import AdaptedModel
@@ -46,9 +47,8 @@ def scoring_model(context: SelectionContext) -> Iterator[ScoringModel]:
     model, tokenizer = context.load_base()
     own = {name: value for name in ("epochs", "target_modules") if (value := getattr(context.settings, name))}
     trainer = make_trainer(context.training.model_copy(update=own), model, tokenizer)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     try:
-        yield ScoringModel(trainer, pad_id or 0, context.settings.batch_size)
+        yield ScoringModel(trainer, pad_id(tokenizer), context.settings.batch_size)
     except SampleFailed as error:
         raise SelectionError(f"the model to score with did not train: {error}") from error
     finally:

@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import norm, rankdata
+from scipy.stats import norm, rankdata, spearmanr
 
 from duet_ray.errors import SelectionError
 from duet_ray.selection.base import Findings, RowWeights, SelectionContext, Selector
 from duet_ray.selection.embeddings import embed
 from duet_ray.selection.fitting import EXACT_ROWS, domain_seed, subset
-from duet_ray.selection.weighting import EQUAL
+from duet_ray.selection.weighting import all_equal
 
 N_FOLDS = 5
 PENALTIES = np.logspace(0, 6, 13)
@@ -92,7 +92,7 @@ def _complete(
     """The scores of all rows, notes and details."""
     scores, lengths = measured["score"][exact], domain.train.n_tokens
     details = {"exact_rows": float(len(exact))}
-    if np.ptp(scores) <= EQUAL * np.abs(scores).max():
+    if all_equal(scores):
         completed = np.full(len(measured), scores[0])
         completed[exact] = scores
         note = f"all {len(exact)} rows that were scored exactly have one score: it is taken for the others' too"
@@ -156,7 +156,6 @@ def held_out_correlation(features: np.ndarray, scores: np.ndarray, seed: int) ->
 
 def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
     """Spearman's; 0 where one of the two is constant and ranks nothing."""
-    ranks = [rankdata(values) for values in (first, second)]
-    if any(np.ptp(r) == 0 for r in ranks):
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
         return 0.0
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(spearmanr(first, second).statistic)

@@ -35,7 +35,7 @@ import torch
 
 from duet_ray.config import INDICATORS, Indicator, SelectionConfig
 from duet_ray.errors import SelectionError
-from duet_ray.likelihood import autocast, collate, length_groups, row_nll
+from duet_ray.likelihood import autocast, collate, length_groups, pad_id, row_nll
 from duet_ray.records import TokenRow
 from duet_ray.selection.base import SelectionContext
 from duet_ray.selection.gradients import Rows
@@ -103,8 +103,7 @@ class Reader:
         Raises:
             SelectionError: one is not finite.
         """
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
-        batch = collate(rows, pad or 0, next(self.model.parameters()).device)
+        batch = collate(rows, pad_id(self.tokenizer), next(self.model.parameters()).device)
         with autocast(self.model):
             sums = row_nll(self.model, batch)
         n_tokens = batch.loss_mask.sum(dim=1)

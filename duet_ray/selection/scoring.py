@@ -77,8 +77,9 @@ class Scoring:
         assert len(measured) == len(rows)
         stream = io.BytesIO()
         np.save(stream, measured, allow_pickle=False)
-        write_file(file, stream.getvalue())
+        # The array comes last: a shard is done where it is there.
         write_json(file.with_suffix(".json"), {"seconds": time.perf_counter() - started})
+        write_file(file, stream.getvalue())
 
     def weigh(self) -> RowWeights:
         """The third step. All shards are measured by now."""

@@ -70,11 +70,10 @@ def weigh(scores: np.ndarray, weighting: WeightingConfig, domain: str) -> tuple[
     """
     scores = np.asarray(scores, dtype=np.float64)
     _check(scores, domain)
-    low, high = float(scores.min()), float(scores.max())
-    if high - low <= EQUAL * max(abs(low), abs(high)):
+    if all_equal(scores):
         uniform = np.full(len(scores), 1 / len(scores))
-        return uniform, (f"all {len(scores)} scores are equal ({low:g}): uniform weights",)
-    scores = scores / max(abs(low), abs(high))
+        return uniform, (f"all {len(scores)} scores are equal ({scores.min():g}): uniform weights",)
+    scores = scores / np.abs(scores).max()
     if weighting.kind == "shift":
         weights = scores - scores.min() + SHIFT_EPSILON * np.ptp(scores)
     elif weighting.kind == "rank":
@@ -94,9 +93,14 @@ def keep_best(scores: np.ndarray, n_kept: int, domain: str) -> tuple[np.ndarray,
     probabilities = np.zeros(len(scores))
     probabilities[np.argsort(-scores, kind="stable")[:n_kept]] = 1 / n_kept
     notes: tuple[str, ...] = ()
-    if np.ptp(scores) <= EQUAL * np.abs(scores).max():
+    if all_equal(scores):
         notes = (f"all {len(scores)} scores are equal ({scores[0]:g}): which rows are dropped means nothing",)
     return probabilities, notes
+
+
+def all_equal(scores: np.ndarray) -> bool:
+    """Whether scores, at least one, differ by no more than rounding."""
+    return bool(np.ptp(scores) <= EQUAL * np.abs(scores).max())
 
 
 def _check(scores: np.ndarray, domain: str) -> None:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 
 from duet_ray.config import TrainingConfig
 from duet_ray.errors import ConfigError, Problem, SampleFailed, StoreError
-from duet_ray.likelihood import autocast, collate, token_nll
+from duet_ray.likelihood import autocast, collate, pad_id, token_nll
 from duet_ray.records import TokenRow
 from duet_ray.training.base import Checkpoint, TrainReport
 from duet_ray.training.batches import effective_batches, learning_rate, micro_batch_size, micro_batches
@@ -41,7 +41,7 @@ class LoraTrainer:
     def __init__(self, model: Any, tokenizer: Any, training: TrainingConfig) -> None:
         """Take a base model in memory. It is frozen and put in eval mode; its weights are never written to."""
         self._base = model.requires_grad_(False).eval()
-        self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+        self._pad_id = pad_id(tokenizer)
         self._training = training
         self._adapted: PeftModel | None = None
 

@@ -91,6 +91,26 @@ def test_a_preparation_that_dies_leaves_nothing_that_is_taken_for_done(
     assert method.asked == ["prepare"]
 
 
+def test_a_shard_whose_array_was_not_written_any_more_is_measured_again(
+    method: Counting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before any of a shard's two files, or between them: the other shards stand, and weighing goes well."""
+    for name in ("write_file", "write_json"):
+        method.asked.clear()
+        steps = Scoring(DOMAIN, context(), tmp_path / name)
+        steps.prepare()
+        for shard in (0, 1):
+            steps.measure(shard)
+        with monkeypatch.context() as patch:
+            patch.setattr(scoring, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                steps.measure(2)
+        for shard in (0, 1, 2):
+            steps.measure(shard)
+        assert method.asked == ["prepare", [0, 1, 2, 3], [4, 5, 6, 7], [8, 9], [8, 9]]
+        assert steps.weigh().n_rows == 10
+
+
 def test_an_error_names_the_domain_once(method: Counting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for message in ("it broke", "domain letters: it broke"):
 
