@@ -13,6 +13,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -156,14 +157,40 @@ class SearchConfig(Section):
     concurrent_trials: int = Field(1, ge=1)
 
 
+class RacingConfig(Section):
+    at: list[float] = Field([0.25, 0.5], min_length=1, description="shares of the steps to compare at")
+    keep: float = Field(0.5, gt=0, lt=1, description="share of a trial's samples that goes on each time")
+    limit: int | None = Field(None, ge=1, description="the feedback's `limit` in a comparison; null = as it is")
+
+    @field_validator("at")
+    @classmethod
+    def _rising(cls, at: list[float]) -> list[float]:
+        if not all(0 < a < 1 for a in at) or any(a >= b for a, b in pairwise(at)):
+            raise ValueError(f"must be rising shares between 0 and 1, got {at}")
+        return at
+
+
 class SamplingConfig(Section):
     k: int = Field(1, ge=1, description="samples per ratio; the observation is the best of them")
     min_samples: int = Field(1, ge=1, description="fewer finished samples than this fail the trial")
     max_retries: int = Field(3, ge=0, description="retries of a sample whose worker died")
+    racing: RacingConfig | None = Field(None, description="stop samples that are behind early")
+
+
+class ZeroConfig(Section):
+    stage: Literal[1, 2, 3] = Field(2, description="split over workers: 1 optimizer, 2 gradients, 3 weights")
+    offload_optimizer: bool = Field(False, description="keep optimizer states in host memory")
 
 
 class TrainingConfig(Section):
-    method: Literal["lora"] = "lora"
+    method: Literal["lora", "full"] = Field("lora", description="full: every weight, with DeepSpeed ZeRO")
+    fuse: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="lora: samples of a trial that a group trains in one pass; auto = from memory and fleet"
+    )
+    zero: ZeroConfig = ZeroConfig()
+    checkpoint_minutes: float | None = Field(
+        None, gt=0, description="save a sample's training so often, so that a retry goes on from there; null = never"
+    )
     rank: int = Field(16, ge=1)
     alpha: float = Field(32, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -244,9 +271,12 @@ FEEDBACK_KINDS: Mapping[str, type[FeedbackBase]] = {
 
 class FleetConfig(Section):
     groups: int = Field(1, ge=1, description="samples trained at the same time")
-    workers_per_group: Literal[1] = 1
+    workers_per_group: int = Field(1, ge=1, description="processes that train one sample together")
     gpus_per_worker: float = Field(0, ge=0)
     cpus_per_worker: float = Field(1, gt=0, description="also the threads of a worker")
+    max_task_minutes: float | None = Field(
+        None, gt=0, description="a task that takes longer is given to a restarted group; null = 10 × the longest so far"
+    )
 
 
 class ConfirmConfig(Section):

@@ -18,14 +18,11 @@ LATER: Mapping[str, str] = {
     "search.constraints": "linear constraints over domains are not built yet: use `bounds` on a domain",
     "search.fidelity": "multi-fidelity search is not built yet",
     "search.asynchronous": "asynchronous search is not built yet: use `concurrent_trials`",
-    "sampling.racing": "racing is not built yet: every sample runs to its end",
-    "training.fuse": "fused LoRA is not built yet: every sample trains in a process of its own",
     "store": "only SQLite in the study's folder is built yet: remove `store`",
 }
 """Keys of later versions: refused with a reason, so that nobody thinks they had an effect."""
 
 PLANNED: Mapping[str, Sequence[str]] = {
-    "training.method": ("full",),
     "search.acquisition": ("ei", "kg", "thompson"),
     "search.kernel": ("matern", "ard", "auto", "compositional"),
     "feedback.kind": ("deferred",),

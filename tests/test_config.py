@@ -85,9 +85,10 @@ MISTAKES = [
     (SEARCH, "search: {n_trials: -1}", "search.n_trials: must be greater than or equal to 0"),
     (SEARCH, "search: {acquisition: lbc}", "got 'lbc'; did you mean `lcb`?"),
     (SEARCH, "sampling: {k: 2, min_samples: 3}", "sampling.min_samples: must be <= sampling.k = 2, got 3"),
-    (SEARCH, "sampling: {racing: true}", "sampling.racing: racing is not built yet"),
+    (SEARCH, "sampling: {racing: {at: [0.5, 0.2]}}", "sampling.racing.at: must be rising shares between 0 and 1"),
     (SEARCH, "store: postgresql://x", "store: only SQLite in the study's folder is built yet"),
-    (SEARCH, "training: {method: full}", "(full is planned and not built yet)"),
+    (SEARCH, "search: {kernel: matern}", "(matern is planned and not built yet)"),
+    (SEARCH, "training: {fuse: 0}", "training.fuse"),
     (SEARCH, "training: {batch_size: 6, micro_batch_size: 4}", "must divide training.batch_size = 6, got 4"),
     (
         SEARCH,

@@ -5,7 +5,7 @@ from typing import Any
 
 from duet_ray.config import StudyConfig, TrainingConfig
 from duet_ray.errors import ConfigError, Problem
-from duet_ray.training.base import Checkpoint, Trainer, TrainReport
+from duet_ray.training.base import Checkpoint, Halt, Trainer, TrainReport
 
 TRAINERS: dict[str, str] = {
     "lora": "duet_ray.training.lora:LoraTrainer",
@@ -41,4 +41,4 @@ def load_tokenizer(config: StudyConfig) -> Any:
     return base_model.load_tokenizer(config)
 
 
-__all__ = ["TRAINERS", "Checkpoint", "TrainReport", "Trainer", "load_base", "load_tokenizer", "make_trainer"]
+__all__ = ["TRAINERS", "Checkpoint", "Halt", "TrainReport", "Trainer", "load_base", "load_tokenizer", "make_trainer"]

@@ -2,6 +2,11 @@
 
 A trainer is made once per worker around the loaded base model and then asked for one sample after the other. It must
 leave no trace of one sample in the next.
+
+A group may have several workers (`ranks`): each has a trainer, and all make the same calls of `train` with the same
+arguments. What a sample is does not depend on their number: each takes its part of every effective batch. All of them
+get the same report, or the same error. Afterwards the first worker's trainer has the whole model; `save`, `load`,
+`reset` and the feedback are the first worker's alone.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +23,7 @@ class TrainReport:
 
     n_rows: int
     n_steps: int
+    """Optimizer steps from the start of the sample; below the planned number when it was stopped before its end."""
     n_tokens: int
     """Tokens processed over all epochs, without padding."""
     first_loss: float
@@ -26,6 +32,9 @@ class TrainReport:
     micro_batch_size: int
     """As used in the end; half the one asked for after an out-of-memory."""
     seconds: float
+    """In this process; what an earlier one did before it died is not in it."""
+    n_skipped: int = 0
+    """Optimizer steps that changed no weight, because the gradients had overflown."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -46,8 +55,27 @@ class Checkpoint:
     The optimizer's own tensors: to be copied or written down before the call ends."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Halt:
+    """Where a sample's training can leave off, and be taken up again with the same result.
+
+    The state in `folder` is of one sample's rows and seed; whoever gives the folder sees to that, and removes it in
+    the end.
+    """
+
+    folder: Path
+    """Holds the state of the training, if it was begun; taken up from there."""
+    every_seconds: float | None = None
+    """Write the state so often."""
+    after: float = 1.0
+    """Share of the steps to stop after, writing the state; 1 is the end, where no state is written."""
+
+
 class Trainer(Protocol):
     """Fine-tunes the base on a sample's rows."""
+
+    artifact: str
+    """What `save` writes: `adapter` or `model`; the name of its folder."""
 
     @property
     def model(self) -> Any:
@@ -65,6 +93,7 @@ class Trainer(Protocol):
         seed: int,
         on_step: Callable[[int, int], None] | None = None,
         on_epoch: Callable[[Checkpoint], None] | None = None,
+        halt: Halt | None = None,
     ) -> TrainReport:
         """Fine-tune a fresh copy of the base.
 
@@ -73,9 +102,10 @@ class Trainer(Protocol):
             seed: seeds the adapter's start, the order of rows and dropout. Same rows and seed, same model.
             on_step: called after each optimizer step with (steps done, steps in all).
             on_epoch: called at the end of each epoch, with the model in eval mode; may call `save`.
+            halt: where to leave off and take up; None trains from the start to the end.
 
         Raises:
-            SampleFailed: the loss is not finite, memory ran out twice, or training left the adapter untouched.
+            SampleFailed: the loss is not finite, memory ran out twice, or training left the weights untouched.
         """
         ...
 

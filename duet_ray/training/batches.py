@@ -74,3 +74,17 @@ def learning_rate(step: int, n_steps: int, training: TrainingConfig) -> float:
     if training.schedule == "cosine":
         return training.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
     return training.learning_rate
+
+
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """What one process's generator is seeded with at an optimizer step: dropout depends on nothing that came before.
+
+    So a training that is taken up in the middle, or a step that is repeated with smaller passes, draws what it would
+    have drawn.
+    """
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def n_steps_until(share: float, n_steps: int) -> int:
+    """Optimizer steps in a share of `n_steps`: at least one, all of them only for a share of 1."""
+    return n_steps if share >= 1 else min(max(1, round(share * n_steps)), max(1, n_steps - 1))

@@ -9,11 +9,14 @@ that the micro-batch size has no part in it. The base may be bfloat16; adapters 
 
 All randomness (adapter start, order of rows, dropout) follows from the sample's seed. Global generators are forked
 for the time of training and put back as they were.
+
+With several workers in a group (`ranks`), each takes its part of every effective batch and the adapters' gradients
+are added: adapters are small, so one message a step does it.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,9 +30,18 @@ from duet_ray.config import TrainingConfig
 from duet_ray.errors import ConfigError, Problem, SampleFailed, StoreError
 from duet_ray.likelihood import autocast, collate, pad_id, token_nll
 from duet_ray.records import TokenRow
-from duet_ray.training.base import Checkpoint, TrainReport
-from duet_ray.training.batches import effective_batches, learning_rate, micro_batch_size, micro_batches
+from duet_ray.training.base import Checkpoint, Halt, TrainReport
+from duet_ray.training.batches import (
+    effective_batches,
+    learning_rate,
+    micro_batch_size,
+    micro_batches,
+    n_steps_until,
+    step_seed,
+)
+from duet_ray.training.halted import Progress, TrainingState, read_state, write_state
 from duet_ray.training.memory import free_memory, is_out_of_memory
+from duet_ray.training.ranks import add_over_ranks, n_ranks, on_any_rank, rank
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 """PEFT's layout: what `save` writes and `load` needs."""
@@ -37,6 +49,8 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 class LoraTrainer:
     """Trains one adapter after the other on the same frozen base. See `training.base.Trainer` for the contract."""
+
+    artifact = "adapter"
 
     def __init__(self, model: Any, tokenizer: Any, training: TrainingConfig) -> None:
         """Take a base model in memory. It is frozen and put in eval mode; its weights are never written to."""
@@ -61,11 +75,12 @@ class LoraTrainer:
         seed: int,
         on_step: Callable[[int, int], None] | None = None,
         on_epoch: Callable[[Checkpoint], None] | None = None,
+        halt: Halt | None = None,
     ) -> TrainReport:
         self.reset()
         try:
             with self._private_generators(seed):
-                return self._train(rows, seed, on_step, on_epoch)
+                return self._train(rows, seed, on_step, on_epoch, halt)
         except (RuntimeError, MemoryError) as error:
             self.reset()
             if is_out_of_memory(error):
@@ -110,41 +125,59 @@ class LoraTrainer:
         seed: int,
         on_step: Callable[[int, int], None] | None,
         on_epoch: Callable[[Checkpoint], None] | None,
+        halt: Halt | None,
     ) -> TrainReport:
         if not rows:
             raise SampleFailed("a sample needs at least one row to train on, got none")
-        started = time.perf_counter()
+        started = written = time.perf_counter()
         batches = effective_batches(len(rows), self._training, seed)
+        n_stop = n_steps_until(halt.after, len(batches)) if halt else len(batches)
         micro = micro_batch_size(self._training, max(map(len, rows)), self._device.type)
-        passes = _Passes(self._attach(), self._pad_id, min(micro, self._training.batch_size))
-        weights = [p for p in passes.model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(weights, lr=0.0, weight_decay=self._training.weight_decay)
-        losses = []
+        passes = _Passes(self._attach(), self._pad_id, min(micro, math.ceil(self._training.batch_size / n_ranks())))
+        weights = {name: p for name, p in passes.model.named_parameters() if p.requires_grad}
+        optimizer = torch.optim.AdamW(weights.values(), lr=0.0, weight_decay=self._training.weight_decay)
+        state = read_state(halt.folder) if halt else None
+        progress = state.progress if state else None
+        if state is not None:
+            _take_up(state, weights, optimizer)
+            passes.size = state.progress.micro_batch_size
         per_epoch = len(batches) // self._training.epochs
         with self._training_mode(passes.model):
-            for step, batch in enumerate(batches):
+            for step in range(progress.n_done if progress else 0, n_stop):
+                torch.manual_seed(step_seed(seed, step, rank()))
                 rate = learning_rate(step, len(batches), self._training)
-                loss = passes.backward([rows[i] for i in batch], optimizer)
-                norm = float(torch.nn.utils.clip_grad_norm_(weights, self._training.max_grad_norm))
+                loss = passes.backward([rows[i] for i in batches[step]], optimizer)
+                norm = float(torch.nn.utils.clip_grad_norm_(weights.values(), self._training.max_grad_norm))
                 _check_finite(loss, norm, step, len(batches), rate)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-                losses.append(loss)
+                progress = Progress(
+                    n_done=step + 1,
+                    first_loss=progress.first_loss if progress else loss,
+                    last_loss=loss,
+                    micro_batch_size=passes.size,
+                )
                 if on_step is not None:
                     on_step(step + 1, len(batches))
                 if on_epoch is not None and (step + 1) % per_epoch == 0:
                     passes.model.eval()
                     on_epoch(self._checkpoint(passes.model, optimizer, step + 1, len(batches)))
                     passes.model.train()
-        self._check_trained(passes.model)
+                if halt and _is_due(halt, written, step + 1, n_stop, len(batches)):
+                    if rank() == 0:
+                        write_state(halt.folder, _state(progress, weights, optimizer))
+                    written = time.perf_counter()
+        assert progress is not None
+        if progress.n_done == len(batches):
+            self._check_trained(passes.model)
         return TrainReport(
             n_rows=len(rows),
-            n_steps=len(batches),
+            n_steps=progress.n_done,
             n_tokens=self._training.epochs * sum(map(len, rows)),
-            first_loss=losses[0],
-            last_loss=losses[-1],
+            first_loss=progress.first_loss,
+            last_loss=progress.last_loss,
             micro_batch_size=passes.size,
             seconds=time.perf_counter() - started,
         )
@@ -234,13 +267,20 @@ class _Passes:
 
         Only the step in which memory runs out is repeated: nothing was written to the weights in it.
 
+        Args:
+            rows: of the whole effective batch; each worker of the group takes its own.
+
         Returns:
             The mean NLL per completion token of the effective batch.
 
         Raises:
             SampleFailed: memory ran out twice, or `rows` have no completion token.
         """
-        while (loss := self._try(rows)) is None:
+        n_loss_tokens = sum(int(row.loss_mask[1:].sum()) for row in rows)
+        if n_loss_tokens == 0:
+            raise SampleFailed(f"an effective batch of {len(rows)} rows has no completion token to learn from")
+        own = rows[rank() :: n_ranks()]
+        while on_any_rank((loss := self._try(own, n_loss_tokens)) is None, self._device):
             optimizer.zero_grad(set_to_none=True)
             free_memory()
             longest = max(map(len, rows))
@@ -253,13 +293,19 @@ class _Passes:
                     "training.micro_batch_size, training.max_tokens or training.gradient_checkpointing: true"
                 )
             self.size //= 2
-        return loss
+        assert loss is not None
+        if n_ranks() > 1:
+            weights = [p for group in optimizer.param_groups for p in group["params"]]
+            for p in weights:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            add_over_ranks([loss, *(p.grad for p in weights)])
+        return float(loss)
 
-    def _try(self, rows: Sequence[TokenRow]) -> float | None:
-        """As `backward`; None if memory ran out. The error is dropped here: its frames hold the tensors."""
-        n_loss_tokens = sum(int(row.loss_mask[1:].sum()) for row in rows)
-        if n_loss_tokens == 0:
-            raise SampleFailed(f"an effective batch of {len(rows)} rows has no completion token to learn from")
+    def _try(self, rows: Sequence[TokenRow], n_loss_tokens: int) -> torch.Tensor | None:
+        """The loss of these rows, with their gradients left in the weights; None if memory ran out.
+
+        The error is dropped here: its frames hold the tensors.
+        """
         total = torch.zeros((), device=self._device)
         try:
             for group in micro_batches([len(row) for row in rows], self.size):
@@ -272,7 +318,33 @@ class _Passes:
             if is_out_of_memory(error):
                 return None
             raise
-        return float(total)
+        return total
+
+
+def _is_due(halt: Halt, written: float, n_done: int, n_stop: int, n_steps: int) -> bool:
+    """Whether the state is to be written after a step: at a stop before the end, and every so often before it."""
+    if n_done == n_stop:
+        return n_stop < n_steps
+    return halt.every_seconds is not None and time.perf_counter() - written >= halt.every_seconds
+
+
+def _state(
+    progress: Progress, weights: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
+) -> TrainingState:
+    adam = {name: optimizer.state[p] for name, p in weights.items() if p in optimizer.state}
+    moments = {name: (of["exp_avg"], of["exp_avg_sq"]) for name, of in adam.items()}
+    return TrainingState(progress=progress, weights=weights, moments=moments)
+
+
+def _take_up(state: TrainingState, weights: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """Go back to where the state was written."""
+    with torch.no_grad():
+        for name, p in weights.items():
+            p.copy_(state.weights[name])
+            if name in state.moments:
+                mean, square = (moment.to(p.device) for moment in state.moments[name])
+                step = torch.tensor(float(state.progress.n_done))
+                optimizer.state[p] = {"step": step, "exp_avg": mean, "exp_avg_sq": square}
 
 
 def _is_linear(module: torch.nn.Module) -> bool:

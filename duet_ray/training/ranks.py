@@ -1,0 +1,49 @@
+"""The processes of a group that train one sample together, and what they tell each other.
+
+One process is a group too: then nothing is sent and nothing waits. Every process of a group makes the same calls in
+the same order; whatever one of them alone knows (its memory ran out) is told to all before any of them acts on it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+
+def rank() -> int:
+    """This process's number in its group, from 0."""
+    return dist.get_rank() if _is_group() else 0
+
+
+def n_ranks() -> int:
+    """Processes in the group."""
+    return dist.get_world_size() if _is_group() else 1
+
+
+def add_over_ranks(tensors: Sequence[torch.Tensor]) -> None:
+    """Replace every tensor by its sum over the group, in place; one message for all of one type.
+
+    Args:
+        tensors: of the same shapes in the same order in every process.
+    """
+    if n_ranks() == 1 or not tensors:
+        return
+    for dtype in dict.fromkeys(t.dtype for t in tensors):
+        same = [t for t in tensors if t.dtype == dtype]
+        flat = torch.cat([t.reshape(-1) for t in same])
+        dist.all_reduce(flat)
+        for tensor, part in zip(same, flat.split([t.numel() for t in same]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def on_any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is true in any process of the group."""
+    if n_ranks() == 1:
+        return flag
+    told = torch.tensor([float(flag)], device=device)
+    dist.all_reduce(told)
+    return bool(told.item() > 0)
+
+
+def _is_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
