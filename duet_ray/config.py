@@ -302,7 +302,7 @@ class StudyConfig(Section):
     fleet: FleetConfig = FleetConfig()
     confirm: ConfirmConfig = ConfirmConfig()
     storage: str = "./studies"
-    keep_best: int = Field(3, ge=1, description="adapters kept on disk")
+    keep_best: int = Field(3, ge=1, description="models kept on disk")
 
     _folder: Path = PrivateAttr(default_factory=Path.cwd)
 
@@ -383,6 +383,7 @@ def _contradictions(config: StudyConfig) -> Iterator[tuple[str, str]]:
     sampling, training = config.sampling, config.training
     if sampling.min_samples > sampling.k:
         yield "sampling.min_samples", f"must be <= sampling.k = {sampling.k}, got {sampling.min_samples}"
+    yield from _contradictions_at_scale(config)
     micro = training.micro_batch_size
     if micro is not None and training.batch_size % micro:
         yield "training.micro_batch_size", f"must divide training.batch_size = {training.batch_size}, got {micro}"
@@ -395,6 +396,44 @@ def _contradictions(config: StudyConfig) -> Iterator[tuple[str, str]]:
                 yield f"{path}.metric", f"accuracy needs format: multiple_choice, got {feedback.format}"
             if feedback.direction is not Direction.MAXIMIZE:
                 yield f"{path}.direction", "accuracy is to be maximized, got minimize"
+
+
+def _contradictions_at_scale(config: StudyConfig) -> Iterator[tuple[str, str]]:
+    """Samples that race, or train in one pass, or are trained by several workers."""
+    sampling, training, fleet = config.sampling, config.training, config.fleet
+    racing = sampling.racing
+    if racing is not None:
+        if sampling.k == 1:
+            yield "sampling.racing", "needs sampling.k > 1: one sample has nobody to race with"
+        elif sampling.min_samples > (n := n_finishing(sampling.k, racing)):
+            message = f"must be <= {n}, the samples that sampling.racing leaves, got {sampling.min_samples}"
+            yield "sampling.min_samples", message
+        if racing.limit is not None and not hasattr(config.feedback, "limit"):
+            yield "sampling.racing.limit", f"feedback.kind: {config.feedback.kind} has no limit: remove it"
+    if training.fuse != "auto" and training.fuse > 1:
+        if training.method != "lora":
+            yield "training.fuse", f"only adapters train in one pass, not training.method: {training.method}; remove it"
+        if fleet.workers_per_group > 1:
+            yield "training.fuse", f"must be 1 with fleet.workers_per_group = {fleet.workers_per_group}"
+        if training.fuse > sampling.k:
+            yield "training.fuse", f"must be <= sampling.k = {sampling.k}, got {training.fuse}"
+    if fleet.workers_per_group > training.batch_size:
+        yield (
+            "fleet.workers_per_group",
+            f"must be <= training.batch_size = {training.batch_size}, got {fleet.workers_per_group}",
+        )
+
+
+def n_finishing(k: int, racing: RacingConfig | None) -> int:
+    """Of k samples none of which fails, those that run to the end."""
+    for _ in racing.at if racing else ():
+        k = n_kept(k, racing.keep) if racing and k > 1 else k
+    return k
+
+
+def n_kept(n: int, keep: float) -> int:
+    """Of n samples that are compared, those that go on: at least one."""
+    return math.ceil(keep * n - 1e-9)
 
 
 def _selection_contradictions(config: StudyConfig) -> Iterator[tuple[str, str]]:
@@ -414,8 +453,17 @@ def _selection_contradictions(config: StudyConfig) -> Iterator[tuple[str, str]]:
         yield "selection.indicators", "each indicator stands at most once"
 
 
-MAY_CHANGE: tuple[str, ...] = ("fleet", "storage", "keep_best", "confirm", "sampling.max_retries", "search.n_trials")
-"""What a resume may change: nothing here alters a ratio or a row. `search.n_trials` may only grow."""
+MAY_CHANGE: tuple[str, ...] = (
+    "fleet",
+    "storage",
+    "keep_best",
+    "confirm",
+    "sampling.max_retries",
+    "search.n_trials",
+    "training.checkpoint_minutes",
+)
+"""What a resume may change: nothing here alters a ratio or a row, but for the rounding that comes with another
+`fleet.workers_per_group`. `search.n_trials` may only grow."""
 
 
 def slug(name: str) -> str:

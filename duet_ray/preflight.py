@@ -6,9 +6,10 @@ space of ratios, the keys of the weights, and a study file with every `auto` res
 
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from duet_ray.config import StudyConfig
@@ -29,7 +30,14 @@ from duet_ray.selection import (
 )
 from duet_ray.selection.examples import read_examples
 from duet_ray.training import load_tokenizer
-from duet_ray.training.estimate import GIB, MemoryEstimate, estimate_memory, memory_problem, resolved_micro_batch
+from duet_ray.training.estimate import (
+    GIB,
+    MemoryEstimate,
+    estimate_memory,
+    memory_problem,
+    resolved_fuse,
+    resolved_micro_batch,
+)
 
 OnStage = Callable[[str], None]
 
@@ -63,10 +71,13 @@ class Preflight:
         return [load_weights(self.weights_folder, key) for key in self.weights_keys]
 
 
-def preflight(config: StudyConfig, *, on_stage: OnStage = lambda _: None) -> Preflight:
+def preflight(
+    config: StudyConfig, *, known: Mapping[str, Any] = MappingProxyType({}), on_stage: OnStage = lambda _: None
+) -> Preflight:
     """Check a study and make its data ready.
 
     Args:
+        known: what `auto` stood for when the study was started: it stands for that as long as the study lives.
         on_stage: told what is being done.
 
     Raises:
@@ -74,11 +85,11 @@ def preflight(config: StudyConfig, *, on_stage: OnStage = lambda _: None) -> Pre
     """
     on_stage("reading the model's configuration")
     tokenizer = load_tokenizer(config)
-    config = resolved(config)
+    config, resolved_notes = resolved(config, known)
     memory = estimate_memory(config)
     on_stage("checking the feedback")
     sources = [make_feedback(config), *(make_feedback(config, which) for which in config.also)]
-    notes = [note for source in sources for note in source.check()]
+    notes = [*resolved_notes, *(note for source in sources for note in source.check())]
     on_stage("reading the domains")
     domains = prepare_domains(config, tokenizer, on_progress=lambda name, n: on_stage(f"reading {name}: {n:,} rows"))
     overlaps, overlap_notes = _overlaps(config, domains, sources[0], on_stage)
@@ -117,30 +128,49 @@ def preflight(config: StudyConfig, *, on_stage: OnStage = lambda _: None) -> Pre
     )
 
 
-def resolved(config: StudyConfig) -> StudyConfig:
-    """The study with every `auto` replaced by what it stands for: a function of the study file alone."""
+RESOLVED = ("training.micro_batch_size", "training.fuse")
+"""What `auto` and null are replaced by something, once in a study's life."""
+
+
+def resolved(config: StudyConfig, known: Mapping[str, Any] = MappingProxyType({})) -> tuple[StudyConfig, list[str]]:
+    """The study with every `auto` replaced by what it stands for, and what there is to say of it."""
     training = config.training
+    found: dict[str, Any] = {}
+    notes: list[str] = []
     if training.micro_batch_size is None:
-        micro = resolved_micro_batch(training.batch_size)
+        found["micro_batch_size"] = resolved_micro_batch(training.batch_size)
+    if training.fuse == "auto":
+        if "training.fuse" in known:
+            found["fuse"] = known["training.fuse"]
+        else:
+            found["fuse"], notes = resolved_fuse(config)
+    if found:
         folder = config.folder
-        training = training.model_copy(update={"micro_batch_size": micro})
-        config = config.model_copy(update={"training": training}).placed_in(folder)
-    return config
+        config = config.model_copy(update={"training": training.model_copy(update=found)}).placed_in(folder)
+    return config, notes
+
+
+def resolved_values(config: StudyConfig) -> dict[str, Any]:
+    """Of a resolved study, the values of `RESOLVED`."""
+    return {path: getattr(config.training, path.removeprefix("training.")) for path in RESOLVED}
 
 
 def _check_disk(config: StudyConfig, memory: MemoryEstimate) -> None:
-    """Room for the adapters that are kept and those in the making.
+    """Room for the models that are kept and those in the making.
 
     Raises:
         ResourceError: says need and have.
     """
     folder = config.resolve_path(config.storage)
     folder.mkdir(parents=True, exist_ok=True)
-    n_adapters = config.keep_best + config.confirm.finalists + config.fleet.groups + config.sampling.k
-    need, free = 4 * memory.n_trained * n_adapters / GIB + 0.1, shutil.disk_usage(folder).free / GIB
+    n_models = config.keep_best + config.confirm.finalists + config.fleet.groups + config.sampling.k
+    # An adapter is float32, a whole model has the base's type.
+    full = config.training.method == "full"
+    what, width = ("models", 2 if config.model.dtype == "bfloat16" else 4) if full else ("adapters", 4)
+    need, free = width * memory.n_trained * n_models / GIB + 0.1, shutil.disk_usage(folder).free / GIB
     if free < need:
         raise ResourceError(
-            f"storage: {n_adapters} adapters need {need:.1f} GiB and {folder} has {free:.1f} GiB free; "
+            f"storage: {n_models} {what} need {need:.1f} GiB and {folder} has {free:.1f} GiB free; "
             f"make room, lower keep_best, or choose another storage"
         )
 

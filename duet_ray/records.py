@@ -185,6 +185,15 @@ class SampleResult:
     def ok(self) -> bool:
         return self.value is not None
 
+    @property
+    def failed(self) -> bool:
+        return not self.ok and not self.was_stopped
+
+    @property
+    def was_stopped(self) -> bool:
+        """Whether it was behind in its trial's race and stopped early: no value, and no failure."""
+        return "stopped_after" in self.train
+
     def to_json(self) -> dict[str, Any]:
         data = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "spec"}
         return {"spec": self.spec.to_json(), **data}

@@ -32,5 +32,5 @@ def reduce_samples(
 
 def failure_reason(results: Sequence[SampleResult]) -> str:
     """Why a trial has no observation: the reasons of its failed samples, the most frequent first."""
-    reasons = Counter(r.reason for r in results if r.reason is not None)
+    reasons = Counter(r.reason for r in results if r.failed)
     return "; ".join(f"{reason} ({count} of {len(results)} samples)" for reason, count in reasons.most_common())

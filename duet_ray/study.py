@@ -22,7 +22,7 @@ from duet_ray.errors import DuetError, StoreError, StudyChanged
 from duet_ray.execution.study_run import Paused, SilentWatcher, StudyRun, Watcher
 from duet_ray.execution.worker import Assignment, load_draws, mixture_of
 from duet_ray.mixture import rows_digest
-from duet_ray.preflight import Preflight, preflight
+from duet_ray.preflight import Preflight, preflight, resolved_values
 from duet_ray.records import SampleSpec, Trial
 from duet_ray.report.scores import domain_scores
 from duet_ray.report.summary import StudySummary
@@ -164,8 +164,8 @@ class Study:
         started = time.monotonic()
         try:
             with store.writing():
-                self._check_config(store)
-                ready = preflight(self.config, on_stage=watcher.phase)
+                record = self._check_config(store)
+                ready = preflight(self.config, known=record.resolved if record else {}, on_stage=watcher.phase)
                 self._start(store, ready)
                 run = StudyRun(
                     config=ready.config,
@@ -191,10 +191,11 @@ class Study:
         finally:
             store.close()
 
-    def _check_config(self, store: Store) -> None:
+    def _check_config(self, store: Store) -> StudyRecord | None:
+        """The study's row, if it was started; raises `StudyChanged` if that was with another study file."""
         record = store.study()
         if record is None:
-            return
+            return None
         stored = config_from(record.config, folder=self.config.folder)
         if found := differences(stored, self.config):
             lines = "\n".join(f"  {line}" for line in found)
@@ -202,6 +203,7 @@ class Study:
                 f"study {self.config.name} was started with another study file:\n{lines}\n"
                 f"undo the change, or give the study another name"
             )
+        return record
 
     def _check_inputs(self, record: StudyRecord, ready: Preflight) -> None:
         """Raise `StudyChanged` if the model, the data or the task are not those that the study was started with."""
@@ -224,7 +226,7 @@ class Study:
         store.update_study(
             config=self.config.model_dump(mode="json"),
             inputs=inputs,
-            resolved={"training.micro_batch_size": ready.config.training.micro_batch_size},
+            resolved=resolved_values(ready.config),
             domains=_domain_records(ready),
             status="running",
         )

@@ -54,7 +54,7 @@ class LogWatcher:
             self.scoring.tick(in_flight, now)
         if in_flight and now >= self._next_tick:
             self._next_tick = now + TICK_SECONDS
-            parts = sorted(f"{task.task.key} {task.text}".rstrip() for task in in_flight if task.task.kind == "sample")
+            parts = sorted(f"{t.task.spec.key} {t.text}".rstrip() for t in in_flight if t.task.spec is not None)
             if self.scoring and self.scoring.is_under_way:
                 parts = [f"{self.scoring.headline}: {self.scoring.details()}", *parts]
             self._line("  " + ", ".join(parts))
@@ -134,7 +134,7 @@ class LiveWatcher:
                 parts += [Text(f"  {self.scoring.headline}"), Text(f"  {self.scoring.details()}", style="dim")]
             if self._summary is not None:
                 left = seconds_left(self._config, self._summary)
-                samples = {t.task.key: t.text for t in self._in_flight if t.task.kind == "sample"}
+                samples = {t.task.spec.key: t.text for t in self._in_flight if t.task.spec is not None}
                 table = trial_table(
                     self._summary, in_flight=samples, seconds_left=left, max_rows=max(4, err.height - 12)
                 )

@@ -1,15 +1,19 @@
 """What samples leave on disk, who finds it, and what is deleted.
 
 A sample's folder is `artifacts/<trial>/<sample>/`. It fills in three steps, each a rename into place: `adapter/`
-(trained weights), `trained.json` (what the trainer reports), `result.json` (the value, or the reason there is none).
-Whoever finds a step done goes on after it, so a kill between training and feedback costs the feedback only, and
-"finished" means one thing: `result.json` is there.
+(trained weights; `model/` where every weight is trained), `trained.json` (what the trainer reports), `result.json`
+(the value, or the reason there is none). Whoever finds a step done goes on after it, so a kill between training and
+feedback costs the feedback only, and "finished" means one thing: `result.json` is there.
+
+Until then there may be `training/` (the state of a training that was left off), and with racing `comparisons.json`
+(what the sample measured on its way) and `trained-<share>.json`.
 """
 
 import json
 import logging
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,22 @@ from duet_ray.records import CONFIRM_FIRST, Ratio, SampleResult, SampleSpec, Tri
 from duet_ray.store import Store
 
 log = logging.getLogger(__name__)
+
+TRAINING = "training"
+"""Folder, in a sample's folder, of the state of its training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What a sample measured on its way, to be compared with the others of its trial."""
+
+    share: float
+    """Of its optimizer steps."""
+    value: float | None
+    """Of the quick feedback, in the user's own direction; None exactly when the sample failed."""
+    reason: str | None
+    train_seconds: float
+    feedback_seconds: float
 
 
 def sample_folder(study_folder: Path, spec: SampleSpec) -> Path:
@@ -42,6 +62,19 @@ def leave_result(folder: Path, result: SampleResult) -> SampleResult:
         return earlier
     write_json(folder / "result.json", result.to_json())
     return result
+
+
+def read_comparisons(folder: Path) -> list[Comparison]:
+    """A sample's comparisons so far, the earliest first."""
+    data = read_json(folder / "comparisons.json")
+    try:
+        return [Comparison(**found) for found in data["comparisons"]] if data else []
+    except (KeyError, TypeError):
+        return []
+
+
+def leave_comparisons(folder: Path, comparisons: Sequence[Comparison]) -> None:
+    write_json(folder / "comparisons.json", {"comparisons": [asdict(c) for c in comparisons]})
 
 
 def adopt_finished(config: StudyConfig, store: Store) -> None:

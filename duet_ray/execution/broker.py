@@ -3,7 +3,12 @@
 It is the one place that knows which sample is where. A group that comes back under a new incarnation has lost what it
 held: that task alone is leased again, at most `max_retries` times. A result that comes with an old lease is refused, so
 an orphan that finishes late changes nothing. Tasks are leased in the order they came, so that the samples of one trial
-stay together and every trial gets its turn. A group that is silent for too long is taken for lost.
+stay together and every trial gets its turn; samples that train in one pass go to one group together. A group with a
+process that is silent for too long, or a task that takes too long, is taken for lost, and the driver is told which
+processes to end.
+
+A group may have several processes: the first one leases, and says here what the others are to do along with it. They
+ask; nobody waits in a collective operation, whose time limit would be another one.
 
 `Broker` is plain Python, tested without Ray; `start_broker` wraps it in an actor.
 """
@@ -22,18 +27,20 @@ SILENCE_SECONDS = 60.0
 START_SECONDS = 900.0
 """With no group heard of for this long after the start, something is wrong with the cluster, not with a group."""
 
-MAX_BARREN_STARTS = 4
-"""A group that starts this often without finishing a task is not unlucky: it dies while loading, or at its task."""
+SHORTEST_LIMIT, FIRST_LIMIT, TIMES_LONGEST = 1800.0, 86_400.0, 10.0
+"""Seconds that a task may take, where the study file does not say: `TIMES_LONGEST` the longest of its kind so far, and
+never under the first; before any has finished, the second."""
 
-TaskKind = Literal["sample", "prepare", "score", "weigh"]
+TaskKind = Literal["sample", "compare", "prepare", "score", "weigh"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """One piece of work for a group.
 
-    `sample`: train (unless it is the base model, or trained already) and measure one sample. The others weigh the rows
-    of one domain, in this order: `prepare`, then `score` for each of its shards, then `weigh`.
+    `sample`: train (unless it is the base model, or trained already) and measure one sample. `compare`: train one until
+    a share of its steps and measure it quickly. The others weigh the rows of one domain, in this order: `prepare`,
+    then `score` for each of its shards, then `weigh`.
     """
 
     key: str
@@ -42,6 +49,21 @@ class Task:
     spec: SampleSpec | None = None
     domain: int | None = None
     shard: int | None = None
+    bundle: tuple[SampleSpec, ...] = ()
+    """The samples that train in one pass, this one among them; none: it trains alone."""
+    until: float = 1.0
+    """`compare`: the share of the steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A process of a group."""
+
+    node: str
+    """Ray's id of its node."""
+    pid: int
+    started: float
+    """Seconds since the epoch: a pid is given out again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +99,8 @@ class Pulse:
 
     finished: tuple[Outcome, ...]
     in_flight: tuple[InFlight, ...]
+    hung: tuple[Place, ...] = ()
+    """Processes to end: theirs is a group that is taken for lost."""
 
 
 @dataclass
@@ -84,7 +108,23 @@ class _Lease:
     task: Task
     number: int
     group: int
+    n_together: int
+    """Tasks leased in one go: the first to end has trained for all."""
     progress: InFlight
+
+
+@dataclass
+class _Group:
+    """What is known of a group: all but `barren_starts` since it last started."""
+
+    incarnation: str | None = None
+    heard: dict[int, float] = field(default_factory=dict)
+    """Rank → when it was last heard of."""
+    places: dict[int, Place] = field(default_factory=dict)
+    commands: list[Any] = field(default_factory=list)
+    busy_since: float = 0.0
+    """When it was given, or ended, its last task."""
+    barren_starts: int = 0
 
 
 class Broker:
@@ -93,19 +133,23 @@ class Broker:
     Args:
         max_retries: how often a task is leased again after its group died or it raised something that is not its own
             fault. Failures of the sample itself arrive as results and are never retried.
+        max_seconds: that a task may take; None: see `TIMES_LONGEST`.
     """
 
-    def __init__(self, max_retries: int) -> None:
+    def __init__(self, max_retries: int, max_seconds: float | None = None) -> None:
         self._max_retries = max_retries
+        self._max_seconds = max_seconds
+        self._longest: dict[TaskKind, float] = {}
+        # One task may kill its worker until its retries are used up; a second one in a row is no accident.
+        self._max_barren_starts = max(4, 2 * (max_retries + 1))
+        self._hung: list[Place] = []
         self._queue: deque[Task] = deque()
         self._leases: dict[str, _Lease] = {}
         self._retries: dict[str, int] = {}
         self._outcomes: dict[str, Outcome] = {}
         self._finished: list[Outcome] = []
         self._known: set[str] = set()
-        self._incarnations: dict[int, str] = {}
-        self._heard: dict[int, float] = {}
-        self._barren_starts: dict[int, int] = {}
+        self._groups: dict[int, _Group] = {}
         self._any_ready = False
         self._started = time.monotonic()
         self._n_leases = 0
@@ -122,19 +166,20 @@ class Broker:
                 else:
                     self._queue.append(task)
 
-    def register(self, group: int, incarnation: str) -> None:
-        """A group says that it (re)starts: what it held under another incarnation is leased again."""
-        if self._incarnations.get(group) == incarnation:
-            return
-        self._incarnations[group] = incarnation
-        self._heard[group] = time.monotonic()
-        self.group_lost(group)
-        self._barren_starts[group] = self._barren_starts.get(group, 0) + 1
-        if self._barren_starts[group] > MAX_BARREN_STARTS:
-            self.close(
-                f"group {group} started {MAX_BARREN_STARTS} times and died each time before it finished anything; "
-                f"see logs/group-{group}.log in the study's folder. Is there enough memory?"
-            )
+    def register(self, group: int, incarnation: str, rank: int = 0, place: Place | None = None) -> None:
+        """A process of a group (re)starts: what the group held under another incarnation is leased again."""
+        known = self._groups.setdefault(group, _Group())
+        if known.incarnation != incarnation:
+            self.group_lost(group)
+            known = self._groups[group] = _Group(incarnation=incarnation, barren_starts=known.barren_starts + 1)
+            if known.barren_starts > self._max_barren_starts:
+                self.close(
+                    f"group {group} started {self._max_barren_starts} times and died each time before it finished "
+                    f"anything; see logs/group-{group}.log in the study's folder. Is there enough memory?"
+                )
+        known.heard[rank] = time.monotonic()
+        if place is not None:
+            known.places[rank] = place
 
     def ready(self, group: int) -> None:
         """A group has its model in memory."""
@@ -145,37 +190,65 @@ class Broker:
         if not self._any_ready:
             self.close(reason)
 
-    def beat(self, group: int) -> bool:
-        """A group says that it lives, and hears whether the study has been stopped."""
-        self._heard[group] = time.monotonic()
-        return self._closed
+    def beat(self, group: int, incarnation: str, rank: int = 0) -> Literal["go on", "stop", "lost"]:
+        """A process says that it lives, and hears whether the study is stopped, or its group taken for lost."""
+        known = self._groups[group]
+        if known.incarnation == incarnation:
+            known.heard[rank] = time.monotonic()
+        return self._verdict(group, incarnation)
 
     def sweep(self) -> None:
-        """Take silent groups for lost; to be called now and then."""
+        """Take silent groups, and those whose task takes too long, for lost; to be called now and then."""
         now = time.monotonic()
-        for group, heard in list(self._heard.items()):
-            if now - heard > SILENCE_SECONDS:
-                self.group_lost(group)
-        if not self._heard and now - self._started > START_SECONDS:
+        for number, group in self._groups.items():
+            held = [lease for lease in self._leases.values() if lease.group == number]
+            if any(now - heard > SILENCE_SECONDS for heard in group.heard.values()):
+                self._end_group(number, "its worker was silent, and is taken for dead")
+            elif held and now - group.busy_since > (limit := max(self._limit(lease) for lease in held)):
+                reason = f"it took longer than {limit / 60:.3g} minutes (fleet.max_task_minutes)"
+                self._end_group(number, reason)
+        if not self._groups and now - self._started > START_SECONDS:
             self.close(
                 f"no group of the fleet has started within {START_SECONDS / 60:.0f} minutes; is the cluster busy?"
             )
 
-    def group_lost(self, group: int) -> None:
+    def group_lost(self, group: int, reason: str = "its worker died") -> None:
         """A group is gone: its tasks go back to the front of the queue, or fail when their retries are used up."""
-        for lease in [lease for lease in self._leases.values() if lease.group == group]:
-            self._again(lease, "its worker died")
+        held = [lease for lease in self._leases.values() if lease.group == group]
+        for lease in reversed(held):
+            self._again(lease, reason)
 
-    def lease(self, group: int, incarnation: str) -> tuple[Literal["task", "wait", "stop"], Task | None, int]:
-        """The next task for a group, with the number of its lease."""
-        if self._closed or self._incarnations.get(group) != incarnation:
-            return "stop", None, 0
+    def lease(
+        self, group: int, incarnation: str
+    ) -> tuple[Literal["task", "wait", "stop", "lost"], tuple[tuple[Task, int], ...]]:
+        """What a group is to do next, each task with the number of its lease: one, or all of a bundle that wait."""
+        if (verdict := self._verdict(group, incarnation)) != "go on":
+            return verdict, ()
         if not self._queue:
-            return "wait", None, 0
-        task = self._queue.popleft()
-        self._n_leases += 1
-        self._leases[task.key] = _Lease(task, self._n_leases, group, InFlight(task=task))
-        return "task", task, self._n_leases
+            return "wait", ()
+        known, first = self._groups[group], self._queue[0]
+        together = (first.bundle, first.until)
+        same = [t for t in self._queue if t is first or (t.bundle and (t.bundle, t.until) == together)]
+        self._queue = deque(t for t in self._queue if t not in same)
+        known.busy_since = time.monotonic()
+        leased = []
+        for task in same:
+            self._n_leases += 1
+            self._leases[task.key] = _Lease(task, self._n_leases, group, len(same), InFlight(task=task))
+            leased.append((task, self._n_leases))
+        return "task", tuple(leased)
+
+    def command(self, group: int, incarnation: str, what: Any) -> None:
+        """The first process of a group says what the others are to do along with it."""
+        if self._groups[group].incarnation == incarnation:
+            self._groups[group].commands.append(what)
+
+    def commanded(self, group: int, incarnation: str, index: int) -> tuple[Literal["do", "wait", "stop", "lost"], Any]:
+        """What the other processes of a group are to do after `index` commands."""
+        if (verdict := self._verdict(group, incarnation)) != "go on":
+            return verdict, None
+        commands = self._groups[group].commands
+        return ("do", commands[index]) if index < len(commands) else ("wait", None)
 
     def progress(self, key: str, number: int, stage: str, done: int, total: int) -> None:
         """Say how far a task is; a stale lease is ignored."""
@@ -192,10 +265,15 @@ class Broker:
         if not self._holds(key, number):
             return False
         lease = self._leases.pop(key)
-        task = lease.task
-        self._barren_starts[lease.group] = 0
-        self._end(Outcome(task=task, status="done", result=dict(result), n_retries=self._retries.get(key, 0)))
+        self._took(lease)
+        self._end(Outcome(task=lease.task, status="done", result=dict(result), n_retries=self._retries.get(key, 0)))
         return True
+
+    def settle(self, task: Task, result: Mapping[str, Any]) -> None:
+        """End a task that nobody needs to do: its result is known. One that is known already is left alone."""
+        if task.key not in self._known:
+            self._known.add(task.key)
+            self._end(Outcome(task=task, status="done", result=dict(result)))
 
     def retry(self, key: str, number: int, reason: str) -> None:
         """Something broke that is not the sample's fault: lease it again, or fail it when its retries are used up."""
@@ -251,17 +329,48 @@ class Broker:
         for group in lost:
             self.group_lost(group)
         self.sweep()
-        return Pulse(finished=tuple(self.finished_since(index)), in_flight=self.in_flight())
+        hung, self._hung = tuple(self._hung), []
+        return Pulse(finished=tuple(self.finished_since(index)), in_flight=self.in_flight(), hung=hung)
 
     def _holds(self, key: str, number: int) -> bool:
         return key in self._leases and self._leases[key].number == number
+
+    def _verdict(self, group: int, incarnation: str) -> Literal["go on", "stop", "lost"]:
+        """Whether this life of a group is to go on."""
+        if self._closed:
+            return "stop"
+        return "go on" if self._groups[group].incarnation == incarnation else "lost"
+
+    def _end_group(self, number: int, reason: str) -> None:
+        """Take a group for lost, and have its processes ended: it comes back under another incarnation, or not."""
+        group = self._groups[number]
+        self._hung += group.places.values()
+        self.group_lost(number, reason)
+        group.incarnation = None
+        group.heard.clear()
+        group.places.clear()
+
+    def _limit(self, lease: _Lease) -> float:
+        """Seconds that a lease may take."""
+        if self._max_seconds is not None:
+            return self._max_seconds * lease.n_together
+        longest = self._longest.get(lease.task.kind)
+        return FIRST_LIMIT if longest is None else max(SHORTEST_LIMIT, TIMES_LONGEST * longest * lease.n_together)
+
+    def _took(self, lease: _Lease) -> None:
+        """A task ended well: its group is no barren one, and its kind takes at least so long."""
+        group, now, kind = self._groups[lease.group], time.monotonic(), lease.task.kind
+        group.barren_starts = 0
+        self._longest[kind] = max(self._longest.get(kind, 0.0), now - group.busy_since)
+        group.busy_since = now
 
     def _again(self, lease: _Lease, reason: str) -> None:
         key = lease.task.key
         del self._leases[key]
         n_retries = self._retries.get(key, 0)
         if n_retries >= self._max_retries:
-            times = f"after {n_retries} retries" if n_retries else "and sampling.max_retries is 0"
+            retries = "retry" if n_retries == 1 else "retries"
+            times = f"after {n_retries} {retries}" if n_retries else "and sampling.max_retries is 0"
             self._end(Outcome(task=lease.task, status="failed", reason=f"{reason} {times}", n_retries=n_retries))
         else:
             self._retries[key] = n_retries + 1
@@ -272,10 +381,10 @@ class Broker:
         self._finished.append(outcome)
 
 
-def start_broker(name: str, namespace: str, max_retries: int) -> Any:
+def start_broker(name: str, namespace: str, max_retries: int, max_seconds: float | None) -> Any:
     """Start the broker's actor, and return its handle. Groups and trials find it by name."""
     import ray
 
     # One thread: every call is short and sees a consistent state.
     actor = ray.remote(num_cpus=0)(Broker)
-    return actor.options(name=name, namespace=namespace).remote(max_retries)
+    return actor.options(name=name, namespace=namespace).remote(max_retries, max_seconds)

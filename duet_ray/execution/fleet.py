@@ -11,12 +11,15 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
+import psutil
+
 from duet_ray.config import StudyConfig
 from duet_ray.errors import ResourceError
+from duet_ray.execution.broker import Place
 from duet_ray.execution.group import group_loop
 from duet_ray.execution.worker import Assignment
 
@@ -95,6 +98,23 @@ def check_resources(config: StudyConfig, have: dict[str, float]) -> None:
         raise ResourceError("\n".join(problems))
 
 
+def end_process(place: Place) -> None:
+    """Kill a process on its node, if both are there: Ray Train then starts its group anew. Not waited for."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    log.warning("process %d on node %s is taken for hung, and ended", place.pid, place.node)
+    there = NodeAffinitySchedulingStrategy(place.node, soft=False)
+    ray.remote(num_cpus=0, max_retries=0)(_kill).options(scheduling_strategy=there).remote(place)
+
+
+def _kill(place: Place) -> None:
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(place.pid)
+        if process.create_time() == place.started:
+            process.kill()
+
+
 class Fleet:
     """The groups of one study; started in `__enter__`, ended in `__exit__`."""
 
@@ -160,6 +180,7 @@ class Fleet:
             "broker": self._broker_name,
             "namespace": self._namespace,
             "assignment": asdict(self._assignment),
+            "uses_gpu": fleet.gpus_per_worker > 0,
             "n_threads": max(1, int(fleet.cpus_per_worker)),
             "log_file": str(self._config.study_folder / "logs" / f"group-{group}.log"),
         }

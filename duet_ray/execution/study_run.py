@@ -18,10 +18,17 @@ from typing import Any, Protocol
 
 from duet_ray.config import StudyConfig
 from duet_ray.errors import DuetError, ResourceError, SelectionError, StudyFailed
-from duet_ray.execution.artifacts import adopt_finished, best_trials, leave_result, prune_adapters, sample_folder
+from duet_ray.execution.artifacts import (
+    TRAINING,
+    adopt_finished,
+    best_trials,
+    leave_result,
+    prune_adapters,
+    sample_folder,
+)
 from duet_ray.execution.broker import InFlight, Outcome, Task, start_broker
-from duet_ray.execution.fleet import Fleet, ray_session
-from duet_ray.execution.trial import run_trial, sample_result, sample_tasks, scoring_tasks
+from duet_ray.execution.fleet import Fleet, end_process, ray_session
+from duet_ray.execution.trial import TrialPlan, run_trial, sample_result, sample_tasks, scoring_tasks
 from duet_ray.execution.worker import Assignment
 from duet_ray.records import BASE_TRIAL, CONFIRM_FIRST, Trial
 from duet_ray.reduce import failure_reason, reduce_samples
@@ -147,7 +154,13 @@ class StudyRun:
         self.watcher.phase("starting Ray and the fleet")
         with ExitStack() as stack:
             ray = stack.enter_context(ray_session(self.config))
-            self._broker = start_broker(self._broker_name, NAMESPACE, self.config.sampling.max_retries)
+            minutes = self.config.fleet.max_task_minutes
+            self._broker = start_broker(
+                self._broker_name,
+                NAMESPACE,
+                self.config.sampling.max_retries,
+                minutes * 60 if minutes is not None else None,
+            )
             fleet = Fleet(self.config, self.assignment, broker_name=self._broker_name, namespace=NAMESPACE)
             self._fleet = stack.enter_context(fleet)
             stack.callback(self._close)
@@ -234,7 +247,7 @@ class StudyRun:
         tuner = tune.Tuner(
             # A sliver of the head node: no CPU that a group waits for, and no empty request, which Tune refuses.
             tune.with_resources(
-                partial(run_trial, broker_name=self._broker_name, namespace=NAMESPACE),
+                partial(run_trial, broker_name=self._broker_name, namespace=NAMESPACE, plan=self._plan),
                 {"node:__internal_head__": 0.001},
             ),
             tune_config=tune.TuneConfig(
@@ -292,8 +305,9 @@ class StudyRun:
             self.store.add_trial(number, "confirm", trial.ratio, f"confirm:{trial.name}")
             known = self._trial(number)
             done = {sample.spec.sample for sample in known.samples} if known else set()
-            missing = [sample for sample in range(settings.repeats) if sample not in done]
-            tasks += sample_tasks(number, "confirm", trial.ratio, missing)
+            every = range(settings.repeats)
+            missing = [sample for sample in every if sample not in done]
+            tasks += sample_tasks(number, "confirm", trial.ratio, missing, of=every, fuse=self._plan.fuse)
             numbers.append(number)
         if tasks:
             self.watcher.phase("measuring the finalists again with fresh seeds")
@@ -364,6 +378,8 @@ class StudyRun:
             for outcome in pulse.finished:
                 self._record(outcome)
                 self._n_pumped += 1
+        for place in pulse.hung:
+            end_process(place)
         if time.monotonic() >= self._next_renewal:
             self._next_renewal = time.monotonic() + RENEW_SECONDS
             self.store.renew()
@@ -381,6 +397,8 @@ class StudyRun:
             result = leave_result(folder, result)
         if self.store.add_sample(result):
             self.watcher.changed()
+        if result.was_stopped:
+            shutil.rmtree(sample_folder(self.config.study_folder, result.spec) / TRAINING, ignore_errors=True)
 
     def _shard_measured(self, task: Task) -> None:
         assert task.domain is not None
@@ -456,6 +474,13 @@ class StudyRun:
         return all(
             t is not None and t.status != "pending" and len(t.samples) >= self.config.confirm.repeats for t in confirmed
         )
+
+    @property
+    def _plan(self) -> TrialPlan:
+        fuse = self.config.training.fuse
+        assert fuse != "auto", "it is resolved before the start"
+        sampling = self.config.sampling
+        return TrialPlan(k=sampling.k, fuse=fuse, racing=sampling.racing, direction=self.config.direction)
 
     @property
     def _scratch(self) -> Path:

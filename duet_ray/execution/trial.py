@@ -2,23 +2,65 @@
 
 The samples' results go from the broker to the driver, which stores them and reduces what it has stored: an observation
 can never disagree with the samples under it.
+
+With `sampling.racing` the samples run to the end in stages. After each share of the steps all that are still in the
+race are measured quickly, and the worse ones stop (successive halving: Jamieson & Talwalkar 2016, Karnin et al. 2013).
+Each stage waits for all of its samples, and what a sample measured is on disk: so who stops does not depend on which
+group was quicker, nor on an interruption.
 """
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+from duet_ray.config import RacingConfig, n_kept
+from duet_ray.execution.artifacts import Comparison
 from duet_ray.execution.broker import Outcome, Task
-from duet_ray.records import Ratio, SampleResult, SampleSpec, TrialKind
+from duet_ray.records import Direction, Ratio, SampleResult, SampleSpec, TrialKind
 
 POLL_SECONDS = 0.1
 
 
-def sample_tasks(trial: int, kind: TrialKind, ratio: Ratio | None, samples: Sequence[int]) -> list[Task]:
-    """The tasks of a trial's samples, keyed so that asking twice is asking once."""
-    specs = [SampleSpec(trial=trial, sample=s, kind=kind, ratio=ratio) for s in samples]
-    return [Task(key=spec.key, kind="sample", spec=spec) for spec in specs]
+@dataclass(frozen=True, kw_only=True)
+class TrialPlan:
+    """How the samples of a trial are made: the same for all trials of a study. Plain data."""
+
+    k: int
+    fuse: int
+    """Samples that train in one pass."""
+    racing: RacingConfig | None
+    direction: Direction
+
+
+def sample_tasks(
+    trial: int,
+    kind: TrialKind,
+    ratio: Ratio | None,
+    samples: Sequence[int],
+    *,
+    of: Sequence[int] | None = None,
+    fuse: int = 1,
+    until: float = 1.0,
+) -> list[Task]:
+    """The tasks of a trial's samples, keyed so that asking twice is asking once.
+
+    Args:
+        of: the samples that are trained at this stage, also those that are done; they are cut into bundles of `fuse`,
+            which depend on nothing else.
+        until: below 1: train until this share of the steps, and compare.
+    """
+    specs = {s: SampleSpec(trial=trial, sample=s, kind=kind, ratio=ratio) for s in (of or samples)}
+    bundles = [tuple(bundle) for bundle in _cut(list(specs.values()), fuse)]
+    bundle_of = {spec: bundle for bundle in bundles if len(bundle) > 1 for spec in bundle}
+    tasks = []
+    for spec in (specs[s] for s in samples):
+        bundle = bundle_of.get(spec, ())
+        if until < 1:
+            tasks.append(Task(key=f"{spec.key}@{until:g}", kind="compare", spec=spec, bundle=bundle, until=until))
+        else:
+            tasks.append(Task(key=spec.key, kind="sample", spec=spec, bundle=bundle))
+    return tasks
 
 
 def scoring_tasks(domain: int, name: str, n_shards: int) -> list[list[Task]]:
@@ -40,7 +82,18 @@ def sample_result(outcome: Outcome) -> SampleResult | None:
     return replace(SampleResult.from_json(outcome.result), n_retries=outcome.n_retries)
 
 
-def run_trial(config: Mapping[str, Any], *, broker_name: str, namespace: str) -> None:
+def going_on(compared: Mapping[int, float | None], keep: float, direction: Direction) -> list[int]:
+    """The samples of a race that go on: the better ones, at least one; none where none has a value.
+
+    Args:
+        compared: sample → value of its quick feedback; None where it failed.
+        keep: share of those with a value.
+    """
+    losses = sorted((direction.to_loss(value), sample) for sample, value in compared.items() if value is not None)
+    return sorted(sample for _, sample in losses[: n_kept(len(losses), keep)])
+
+
+def run_trial(config: Mapping[str, Any], *, broker_name: str, namespace: str, plan: TrialPlan) -> None:
     """The function trainable of a Tune trial.
 
     Args:
@@ -51,8 +104,65 @@ def run_trial(config: Mapping[str, Any], *, broker_name: str, namespace: str) ->
 
     broker = ray.get_actor(broker_name, namespace=namespace)
     ratio = Ratio(counts=tuple(config["counts"]))
-    tasks = sample_tasks(config["trial"], config["kind"], ratio, config["missing"])
-    ray.get(broker.submit.remote(tasks))
-    while ray.get(broker.outcomes.remote([task.key for task in tasks])) is None:
-        time.sleep(POLL_SECONDS)
+
+    def done(samples: Sequence[int], of: Sequence[int], until: float = 1.0) -> list[Outcome]:
+        tasks = sample_tasks(config["trial"], config["kind"], ratio, samples, of=of, fuse=plan.fuse, until=until)
+        ray.get(broker.submit.remote(tasks))
+        while (outcomes := ray.get(broker.outcomes.remote([task.key for task in tasks]))) is None:
+            time.sleep(POLL_SECONDS)
+        return outcomes
+
+    racing = list(range(plan.k))
+    for until in plan.racing.at if plan.racing else ():
+        if len(racing) > 1:
+            outcomes = done(racing, racing, until)
+            if any(outcome.status == "stopped" for outcome in outcomes):
+                break  # The study is stopped, and no task is taken any more; a resume finds what was compared.
+            stopped, racing = judged(outcomes, until, plan)
+            for task, result in stopped:
+                ray.get(broker.settle.remote(task, result.to_json()))
+    done([sample for sample in config["missing"] if sample in racing], racing)
     tune.report({"ended": 1})
+
+
+def judged(
+    outcomes: Sequence[Outcome], until: float, plan: TrialPlan
+) -> tuple[list[tuple[Task, SampleResult]], list[int]]:
+    """The samples whose race ends here, with their results, and those that go on."""
+    assert plan.racing is not None
+    found = {o.task.spec.sample: _comparison(o, until) for o in outcomes if o.task.spec is not None}
+    kept = going_on({s: c.value for s, c in found.items()}, plan.racing.keep, plan.direction)
+    ended = []
+    for outcome in outcomes:
+        spec = outcome.task.spec
+        if spec is not None and spec.sample not in kept:
+            ended.append((Task(key=spec.key, kind="sample", spec=spec), _stopped(spec, found, kept)))
+    return ended, kept
+
+
+def _comparison(outcome: Outcome, until: float) -> Comparison:
+    if outcome.status == "failed":
+        return Comparison(share=until, value=None, reason=outcome.reason, train_seconds=0.0, feedback_seconds=0.0)
+    return Comparison(**outcome.result)
+
+
+def _stopped(spec: SampleSpec, found: Mapping[int, Comparison], kept: Sequence[int]) -> SampleResult:
+    """The end of a sample that is out of the race."""
+    own = found[spec.sample]
+    reason, train = own.reason, {}
+    if own.value is not None:
+        best = ", ".join(f"{found[sample].value:.6g}" for sample in kept)
+        reason = f"stopped after {100 * own.share:g} % of its steps with {own.value:.6g}; going on: {best}"
+        train = {"stopped_after": own.share}
+    return SampleResult(
+        spec=spec,
+        value=None,
+        reason=reason,
+        train=train,
+        train_seconds=own.train_seconds,
+        feedback_seconds=own.feedback_seconds,
+    )
+
+
+def _cut(specs: Sequence[SampleSpec], size: int) -> list[Sequence[SampleSpec]]:
+    return [specs[first : first + size] for first in range(0, len(specs), size)]

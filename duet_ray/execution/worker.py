@@ -7,16 +7,27 @@ import errno
 import logging
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 from duet_ray.config import StudyConfig, config_from
 from duet_ray.domains import Domain, open_domain
 from duet_ray.errors import FeedbackError, NoValueError, SampleFailed, StoreError
-from duet_ray.execution.artifacts import leave_result, read_json, read_result, sample_folder
+from duet_ray.execution.artifacts import (
+    TRAINING,
+    Comparison,
+    leave_comparisons,
+    leave_result,
+    read_comparisons,
+    read_json,
+    read_result,
+    sample_folder,
+)
 from duet_ray.execution.broker import Task
 from duet_ray.feedback import make_feedback
 from duet_ray.files import new_folder, write_json
@@ -25,7 +36,7 @@ from duet_ray.records import Mixture, SampleResult, SampleSpec, TokenRow
 from duet_ray.seeds import child_seed
 from duet_ray.selection import RowWeights, Scoring, SelectionContext, load_weights, n_drawn, save_weights
 from duet_ray.selection.examples import read_examples
-from duet_ray.training import load_base, make_trainer
+from duet_ray.training import Halt, load_base, make_trainer
 
 log = logging.getLogger(__name__)
 
@@ -57,13 +68,29 @@ class Assignment:
 
 
 class Worker:
-    """Does tasks with one base model in memory. Domains, weights and the model are loaded when first needed."""
+    """Does tasks with one base model in memory. Domains, weights and the model are loaded when first needed.
 
-    def __init__(self, assignment: Assignment) -> None:
+    Args:
+        on_follow: has the other processes of the group `follow` what it is given.
+    """
+
+    def __init__(self, assignment: Assignment, on_follow: Callable[[Mapping[str, Any]], None] = lambda _: None) -> None:
         self._assignment = assignment
         self._config = assignment.study_config()
         self._feedback = make_feedback(self._config)
         self._also = [make_feedback(self._config, which) for which in self._config.also]
+        self._on_follow = on_follow
+        self._apart: set[tuple[SampleSpec, ...]] = set()
+        self.others_wait = False
+        """Whether this process failed in the middle of what the group's others do along with it."""
+
+    @cached_property
+    def _quick_feedback(self) -> Any:
+        racing, feedback = self._config.sampling.racing, self._config.feedback
+        assert racing is not None
+        if racing.limit is not None:
+            feedback = feedback.model_copy(update={"limit": racing.limit})
+        return make_feedback(self._config, feedback)
 
     @cached_property
     def _base(self) -> tuple[Any, Any]:
@@ -94,8 +121,13 @@ class Worker:
         """Load the model now rather than inside the first task."""
         _ = self._trainer
 
-    def do_sample(self, spec: SampleSpec, lease: int, progress: Progress) -> SampleResult:
+    def do_sample(
+        self, spec: SampleSpec, lease: int, progress: Progress, *, bundle: Sequence[SampleSpec] = ()
+    ) -> SampleResult:
         """Train one sample if need be, measure it, and leave `result.json`.
+
+        Args:
+            bundle: the samples to train in one pass, this one among them; none: it trains alone.
 
         Returns:
             The result that stands: this one, or an earlier one found in place.
@@ -110,29 +142,30 @@ class Worker:
         started = time.monotonic()
         digest = None
         trained: dict[str, Any] = {}
+        compared = read_comparisons(folder)
         try:
             if spec.ratio is None:
                 self._trainer.reset()
             else:
-                mixture = mixture_of(self._config, spec, self._weights)
+                mixture = self._mixture(spec)
                 digest = rows_digest(mixture)
-                trained = self._train(spec, mixture, digest, folder, progress)
+                trained = self._train(spec, mixture, digest, progress, tuple(bundle))
             train_seconds = time.monotonic() - started
             progress("feedback")
             started = time.monotonic()
-            seed = child_seed(self._config.seed, "evaluate", max(spec.trial, 0), spec.sample)
-            measured = self._feedback.measure(self._trainer.model, self._base[1], seed=seed)
-            metrics = {**measured.metrics, **self._measure_also(spec, seed)}
+            measured = self._feedback.measure(self._trainer.model, self._base[1], seed=self._feedback_seed(spec))
+            metrics = {**measured.metrics, **self._measure_also(spec, self._feedback_seed(spec))}
+            artifact = folder / self._trainer.artifact
             result = SampleResult(
                 spec=spec,
                 value=measured.value,
                 stderr=measured.stderr,
                 metrics=metrics,
-                train=trained,
-                train_seconds=train_seconds,
-                feedback_seconds=time.monotonic() - started,
+                train={**trained, **({"compared": {f"{c.share:g}": c.value for c in compared}} if compared else {})},
+                train_seconds=train_seconds + sum(c.train_seconds for c in compared),
+                feedback_seconds=time.monotonic() - started + sum(c.feedback_seconds for c in compared),
                 rows_digest=digest,
-                adapter=str((folder / "adapter").relative_to(self._config.study_folder)) if trained else None,
+                adapter=str(artifact.relative_to(self._config.study_folder)) if trained else None,
                 lease=lease,
             )
         except (SampleFailed, NoValueError) as error:
@@ -141,7 +174,56 @@ class Worker:
             # Nothing of this sample may be in the next one, nor in a domain's scores.
             if "_trainer" in self.__dict__:
                 self._trainer.reset()
-        return leave_result(folder, result)
+        result = leave_result(folder, result)
+        shutil.rmtree(folder / TRAINING, ignore_errors=True)
+        return result
+
+    def do_comparison(self, task: Task, progress: Progress) -> dict[str, Any]:
+        """Train one sample until a share of its steps, and measure it quickly: `sampling.racing`.
+
+        Returns:
+            A `Comparison` as plain data; also left in the sample's folder, where it stands for good.
+        """
+        spec, racing = task.spec, self._config.sampling.racing
+        assert spec is not None
+        assert racing is not None
+        folder = sample_folder(self._config.study_folder, spec)
+        if (earlier := next((c for c in read_comparisons(folder) if c.share == task.until), None)) is not None:
+            return asdict(earlier)
+        folder.mkdir(parents=True, exist_ok=True)
+        before = read_comparisons(folder)
+        started = time.monotonic()
+        value, reason = None, None
+        try:
+            mixture = self._mixture(spec)
+            self._train(spec, mixture, rows_digest(mixture), progress, task.bundle, task.until)
+            train_seconds = time.monotonic() - started
+            progress("comparing")
+            started = time.monotonic()
+            measured = self._quick_feedback.measure(self._trainer.model, self._base[1], seed=self._feedback_seed(spec))
+            value = measured.value
+        except (SampleFailed, NoValueError) as error:
+            reason, train_seconds = str(error), time.monotonic() - started
+            started = time.monotonic()
+        finally:
+            self._trainer.reset()
+        found = Comparison(
+            share=task.until,
+            value=value,
+            reason=reason,
+            train_seconds=train_seconds,
+            feedback_seconds=time.monotonic() - started,
+        )
+        leave_comparisons(folder, [*before, found])
+        return asdict(found)
+
+    def follow(self, what: Mapping[str, Any]) -> None:
+        """Train a sample along with the group's first process, which alone keeps and measures it."""
+        spec = SampleSpec.from_json(what["spec"])
+        mixture = self._mixture(spec)
+        halt = self._halt(spec, rows_digest(mixture), what["until"]) if what["halts"] else None
+        with suppress(SampleFailed):  # It is the same in all processes; the first one says so.
+            self._trainer.train(self._rows(mixture), seed=self._train_seed(spec), halt=halt)
 
     def do_scoring(self, task: Task, progress: Progress) -> dict[str, Any]:
         """One step on a domain's way to its weights; found done, nothing is computed.
@@ -149,19 +231,22 @@ class Worker:
         Raises:
             SelectionError: the domain cannot be scored.
         """
+        from duet_ray.training.ranks import alone
+
         assert task.domain is not None
         scoring = self._scoring(task.domain, progress)
         if self._weights_of(task.domain) is None:
             if "_trainer" in self.__dict__:
                 self._trainer.reset()
-            if task.kind == "prepare":
-                scoring.prepare()
-            elif task.kind == "score":
-                assert task.shard is not None
-                scoring.measure(task.shard)
-            else:
-                key = self._assignment.weights_keys[task.domain]
-                save_weights(Path(self._assignment.weights_folder), key, scoring.weigh())
+            with alone():
+                if task.kind == "prepare":
+                    scoring.prepare()
+                elif task.kind == "score":
+                    assert task.shard is not None
+                    scoring.measure(task.shard)
+                else:
+                    key = self._assignment.weights_keys[task.domain]
+                    save_weights(Path(self._assignment.weights_folder), key, scoring.weigh())
         if task.kind == "weigh":
             scoring.remove()
         return {"domain": scoring.domain.name}
@@ -200,34 +285,160 @@ class Worker:
         return metrics
 
     def _train(
-        self, spec: SampleSpec, mixture: Mixture, digest: str, folder: Path, progress: Progress
+        self,
+        spec: SampleSpec,
+        mixture: Mixture,
+        digest: str,
+        progress: Progress,
+        bundle: tuple[SampleSpec, ...],
+        until: float = 1.0,
     ) -> dict[str, Any]:
-        """Train, or take what an earlier worker trained on the very same rows."""
-        report = read_json(folder / "trained.json")
-        if report is not None and report.get("rows_digest") == digest and (folder / "adapter").is_dir():
-            try:
-                self._trainer.load(folder / "adapter")
-            except StoreError as error:
-                log.warning("%s: its adapter is damaged and is trained again: %s", spec.key, error)
-            else:
-                log.info("%s was trained already: only its feedback is repeated", spec.key)
-                return {name: value for name, value in report.items() if name != "rows_digest"}
-        for stale in (folder / "adapter", *folder.glob("adapter.tmp-*")):
-            shutil.rmtree(stale, ignore_errors=True)
-        rows = [
-            row
-            for domain, ids in zip(self._domains, mixture.rows, strict=True)
-            if len(ids)
-            for row in domain.train.rows(ids.tolist())
-        ]
-        seed = child_seed(self._config.seed, "train", spec.trial, spec.sample)
-        report = self._trainer.train(
-            rows, seed=seed, on_step=lambda done, total: progress("training", done, total)
-        ).to_json()
-        with new_folder(folder / "adapter") as temporary:
-            self._trainer.save(temporary)
-        write_json(folder / "trained.json", {**report, "rows_digest": digest})
+        """Train until a share of the steps, or take what an earlier worker trained on the very same rows.
+
+        Returns:
+            The trainer's report. The model is in memory.
+        """
+        folder = sample_folder(self._config.study_folder, spec)
+        if (report := self._trained(spec, digest, folder, until)) is not None:
+            return report
+        if len(bundle) > 1 and bundle not in self._apart:
+            if self._train_together(bundle, until, progress):
+                report = self._trained(spec, digest, folder, until)
+                assert report is not None, "it was in the bundle"
+                return report
+            self._apart.add(bundle)
+        halt = self._halt(spec, digest, until)
+        self._on_follow({"spec": spec.to_json(), "until": until, "halts": halt is not None})
+        self.others_wait = True
+        try:
+            report = self._trainer.train(
+                self._rows(mixture),
+                seed=self._train_seed(spec),
+                on_step=lambda done, total: progress("training", done, total),
+                halt=halt,
+            ).to_json()
+        except SampleFailed:
+            self.others_wait = False
+            raise
+        self.others_wait = False
+        if until == 1:
+            with new_folder(_cleared(folder / self._trainer.artifact)) as temporary:
+                self._trainer.save(temporary)
+            write_json(trained_file(folder), {**report, "rows_digest": digest})
         return report
+
+    def _trained(self, spec: SampleSpec, digest: str, folder: Path, until: float) -> dict[str, Any] | None:
+        """What was trained already, and is in memory now; None where it must be trained.
+
+        Raises:
+            SampleFailed: it was trained along with others, and failed.
+        """
+        report = read_json(trained_file(folder, until))
+        if report is None or report.pop("rows_digest", None) != digest:
+            return None
+        if (reason := report.get("reason")) is not None:
+            raise SampleFailed(reason)
+        if until < 1:  # The state of the training is all there is of it, and takes no step more.
+            halt = self._halt(spec, digest, until)
+            self._trainer.train(self._rows(self._mixture(spec)), seed=self._train_seed(spec), halt=halt)
+            return report
+        artifact = folder / self._trainer.artifact
+        if not artifact.is_dir():
+            return None
+        try:
+            self._trainer.load(artifact)
+        except StoreError as error:
+            log.warning("%s: its model is damaged and is trained again: %s", spec.key, error)
+            return None
+        log.info("%s was trained already: only its feedback is repeated", spec.key)
+        return report
+
+    def _train_together(self, bundle: tuple[SampleSpec, ...], until: float, progress: Progress) -> bool:
+        """Train the adapters of a bundle in one pass, and leave each in its sample's folder.
+
+        The bundle is trained as a whole also where some of it is done: who trains along has a part in the rounding.
+
+        Returns:
+            False if they do not fit into memory together.
+        """
+        from duet_ray.training.fused_lora import FusedSample, train_fused
+
+        mixtures = [self._mixture(spec) for spec in bundle]
+        folders = [sample_folder(self._config.study_folder, spec) for spec in bundle]
+        digests = [rows_digest(mixture) for mixture in mixtures]
+        self._trainer.reset()
+        log.info("%s train in one pass", ", ".join(spec.key for spec in bundle))
+        with TemporaryDirectory(dir=folders[0].parent, prefix="together.tmp-") as scratch:
+            adapters = [Path(scratch) / spec.key for spec in bundle]
+            samples = [
+                FusedSample(
+                    rows=self._rows(mixture),
+                    seed=self._train_seed(spec),
+                    folder=adapter,
+                    halt=self._halt(spec, digest, until),
+                )
+                for spec, mixture, digest, adapter in zip(bundle, mixtures, digests, adapters, strict=True)
+            ]
+            try:
+                ended = train_fused(
+                    self._trainer.model,
+                    self._base[1],
+                    self._config.training,
+                    samples,
+                    on_step=lambda done, total: progress(f"training {len(bundle)} samples in one pass", done, total),
+                )
+            except SampleFailed as error:
+                log.warning("%s and others do not fit in one pass, and train one by one: %s", bundle[0].key, error)
+                return False
+            for folder, adapter, digest, report in zip(folders, adapters, digests, ended, strict=True):
+                folder.mkdir(parents=True, exist_ok=True)
+                known = read_json(trained_file(folder, until))
+                if known is not None and known.get("rows_digest") == digest and (folder / "adapter").is_dir():
+                    continue
+                if isinstance(report, SampleFailed):
+                    write_json(trained_file(folder, until), {"reason": str(report), "rows_digest": digest})
+                    continue
+                if until == 1:
+                    with new_folder(_cleared(folder / "adapter")) as temporary:
+                        shutil.copytree(adapter, temporary, dirs_exist_ok=True)
+                said = {**report.to_json(), "n_fused": len(bundle), "rows_digest": digest}
+                write_json(trained_file(folder, until), said)
+        return True
+
+    def _halt(self, spec: SampleSpec, digest: str, until: float) -> Halt | None:
+        """Where a sample's training is written down in the middle, if it is at all."""
+        training = self._config.training
+        minutes = training.checkpoint_minutes
+        place = sample_folder(self._config.study_folder, spec) / TRAINING / digest[:16]
+        # Where every weight is trained, it also holds the word that memory ran out, for the next attempt.
+        if minutes is None and until == 1 and training.method == "lora" and not place.is_dir():
+            return None
+        return Halt(folder=place, every_seconds=minutes * 60 if minutes is not None else None, after=until)
+
+    def _mixture(self, spec: SampleSpec) -> Mixture:
+        return mixture_of(self._config, spec, self._weights)
+
+    def _rows(self, mixture: Mixture) -> list[TokenRow]:
+        drawn = zip(self._domains, mixture.rows, strict=True)
+        return [row for domain, ids in drawn if len(ids) for row in domain.train.rows(ids.tolist())]
+
+    def _train_seed(self, spec: SampleSpec) -> int:
+        return child_seed(self._config.seed, "train", spec.trial, spec.sample)
+
+    def _feedback_seed(self, spec: SampleSpec) -> int:
+        return child_seed(self._config.seed, "evaluate", max(spec.trial, 0), spec.sample)
+
+
+def trained_file(folder: Path, until: float = 1.0) -> Path:
+    """What the trainer reports of a sample, once it is trained until a share of its steps."""
+    return folder / ("trained.json" if until == 1 else f"trained-{until:g}.json")
+
+
+def _cleared(folder: Path) -> Path:
+    """The same place, with nothing left there of an earlier try."""
+    for stale in (folder, *folder.parent.glob(f"{folder.name}.tmp-*")):
+        shutil.rmtree(stale, ignore_errors=True)
+    return folder
 
 
 def load_draws(assignment: Assignment, config: StudyConfig) -> list[DrawBy]:

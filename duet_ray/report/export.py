@@ -1,13 +1,14 @@
-"""The result of a study to take away: the adapter, the rows it was trained on, and how to load both.
+"""The result of a study to take away: the trained model, the rows it was trained on, and how to load both.
 
-    out/adapter/          PEFT's layout, safetensors
+    out/adapter/          PEFT's layout, safetensors; or, where every weight was trained,
+    out/model/            a model folder as `save_pretrained` writes it, safetensors
     out/mixture.parquet   one line a drawn row: domain, source, line, row, prompt, completion, text
     out/ratio.json        the ratio and what it measured
     out/README.md
 
 Rows are read and written in chunks, so that the memory does not grow with the mixture. Everything is built in a
 folder beside `out` and moved there at the end; nothing that is already in `out` is touched without `overwrite`, and
-with it only the four entries above are replaced.
+with it only the entries above are replaced.
 """
 
 import json
@@ -33,7 +34,7 @@ from duet_ray.report.verdict import verdict
 from duet_ray.report.wording import better_is, ratio_text
 
 CHUNK_ROWS = 2_048
-ENTRIES = ("adapter", "mixture.parquet", "ratio.json", "README.md")
+ENTRIES = ("adapter", "model", "mixture.parquet", "ratio.json", "README.md")
 _VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)
 """Values of vLLM's `--max-lora-rank`; it assumes the first where none is given."""
 
@@ -47,6 +48,7 @@ class ExportResult:
 
     folder: Path
     adapter: Path
+    """The trained model, whichever of the two it is."""
     mixture: Path
     ratio: Path
     readme: Path
@@ -72,7 +74,8 @@ def export_best(
         out: a folder that does not exist or is empty; with `overwrite` also one with an older export.
         texts: gives the text of drawn rows.
         rows: the rows the model was trained on, in the study's domain order.
-        adapter: the trained model's folder in PEFT's layout; relative paths start from `study_folder`.
+        adapter: the trained model's folder: an adapter in PEFT's layout, or a whole model; relative paths start from
+            `study_folder`.
         sample: the sample that is exported; by default the best one of the trial that the report recommends.
         overwrite: replace an older export in `out`.
 
@@ -88,12 +91,13 @@ def export_best(
             f"{sample.spec.key} was trained on {ratio.counts if ratio else 'no'} rows per domain, but the mixture "
             f"given has {drawn}: draw the rows of {sample.spec.key} again"
         )
-    source = _adapter_folder(study_folder / adapter)
+    source = _model_folder(study_folder / adapter)
+    name = "adapter" if _is_adapter(source) else "model"
     target = _free_folder(out, study_folder=study_folder, adapter=source, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        shutil.copytree(source, staging / "adapter")
+        shutil.copytree(source, staging / name)
         _write_mixture(staging / "mixture.parquet", summary.domain_names, rows, texts)
         facts = _facts(summary, sample, ratio)
         (staging / "ratio.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -104,7 +108,7 @@ def export_best(
         shutil.rmtree(staging, ignore_errors=True)
     return ExportResult(
         folder=target,
-        adapter=target / "adapter",
+        adapter=target / name,
         mixture=target / "mixture.parquet",
         ratio=target / "ratio.json",
         readme=target / "README.md",
@@ -122,11 +126,19 @@ def _recommended(summary: StudySummary) -> SampleResult:
     return sample
 
 
-def _adapter_folder(folder: Path) -> Path:
-    missing = [n for n in ("adapter_config.json", "adapter_model.safetensors") if not (folder / n).is_file()]
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
+
+
+def _model_folder(folder: Path) -> Path:
+    """The same folder, if it holds a whole adapter or a whole model."""
+    if (folder / "config.json").is_file():
+        missing = [] if list(folder.glob("model*.safetensors")) else ["model.safetensors"]
+    else:
+        missing = [n for n in ("adapter_config.json", "adapter_model.safetensors") if not (folder / n).is_file()]
     if missing:
         raise DuetError(
-            f"{folder}: is not a whole adapter, {' and '.join(missing)} missing; only the best few adapters stay on "
+            f"{folder}: is not a whole model, {' and '.join(missing)} missing; only the best few stay on "
             "disk (keep_best in the study file)"
         )
     return folder.resolve()
@@ -148,7 +160,7 @@ def _free_folder(out: Path, *, study_folder: Path, adapter: Path, overwrite: boo
 
 
 def _move(staging: Path, target: Path) -> None:
-    """One rename where the target is free; else the four entries one by one, leaving everything else alone."""
+    """One rename where the target is free; else the entries one by one, leaving everything else alone."""
     if not target.is_dir() or not any(target.iterdir()):
         os.replace(staging, target)
         return
@@ -156,7 +168,8 @@ def _move(staging: Path, target: Path) -> None:
         old = target / name
         if old.is_dir() and not old.is_symlink():
             shutil.rmtree(old)
-        os.replace(staging / name, old)
+        if (staging / name).exists():
+            os.replace(staging / name, old)
 
 
 def _write_mixture(path: Path, names: Sequence[str], rows: Mixture, texts: Texts) -> None:
@@ -215,10 +228,9 @@ def _facts(summary: StudySummary, sample: SampleResult, ratio: Ratio) -> dict[st
     }
 
 
-def _readme(summary: StudySummary, sample: SampleResult, ratio: Ratio, adapter: Path) -> str:
+def _readme(summary: StudySummary, sample: SampleResult, ratio: Ratio, source: Path) -> str:
     """What this is, how to load it."""
-    config = _adapter_config(adapter)
-    model = str(config.get("base_model_name_or_path") or "<base model>")
+    what, loading = _adapter_words(summary, source) if _is_adapter(source) else _model_words(summary)
     values, said, name = value_format(summary), verdict(summary), trial_name(sample.spec.trial)
     again, base = confirmation_of(summary, name), base_measurement(summary)
     value = values(sample.value) if sample.value is not None else "none"
@@ -228,14 +240,13 @@ def _readme(summary: StudySummary, sample: SampleResult, ratio: Ratio, adapter: 
         measured.append(f"- the same ratio again with fresh seeds: mean {values(again.mean)}{error} of {again.n}")
     if base:
         measured.append(f"- the untouched model: {values(base.mean)}")
-    rank = _vllm_rank(config)
     table = "\n".join(
         f"| {n} | {100 * v:.2f} % | {c:,} |"
         for n, v, c in zip(summary.domain_names, ratio.values, ratio.counts, strict=True)
     )
     return f"""# {summary.name}: the best mixture and its model
 
-The LoRA adapter of sample {sample.spec.key}, the {ratio.n_rows:,} rows it was trained on, and their ratio:
+{what} of sample {sample.spec.key}, the {ratio.n_rows:,} rows it was trained on, and their ratio:
 {ratio_text(ratio, summary.domain_names)}.
 
 {chr(10).join(measured)}
@@ -248,20 +259,7 @@ What the study concluded: {said.headline} {said.advice}
 
 ## Load the model
 
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-base = "{model}"
-tokenizer = AutoTokenizer.from_pretrained(base)
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), "adapter")
-```
-
-Or serve it:
-
-```sh
-vllm serve {model} --enable-lora{rank} --lora-modules {summary.name}=./adapter
-```
+{loading}
 
 ## Load the rows
 
@@ -274,6 +272,49 @@ rows = pandas.read_parquet("mixture.parquet")  # domain, source, line, row, prom
 `line` is the line or record in the source file, `row` the row's id in the study. `ratio.json` has the numbers above
 for programs.
 """
+
+
+def _adapter_words(summary: StudySummary, source: Path) -> tuple[str, str]:
+    """What an adapter is called, and how it is loaded."""
+    config = _adapter_config(source)
+    model, rank = str(config.get("base_model_name_or_path") or "<base model>"), _vllm_rank(config)
+    return (
+        "The LoRA adapter",
+        f"""```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = "{model}"
+tokenizer = AutoTokenizer.from_pretrained(base)
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), "adapter")
+```
+
+Or serve it:
+
+```sh
+vllm serve {model} --enable-lora{rank} --lora-modules {summary.name}=./adapter
+```""",
+    )
+
+
+def _model_words(summary: StudySummary) -> tuple[str, str]:
+    """What a whole model is called, and how it is loaded; its tokenizer is the base model's."""
+    base = summary.model_path
+    return (
+        "The fine-tuned model",
+        f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{base}")
+model = AutoModelForCausalLM.from_pretrained("model", dtype="auto")
+```
+
+Or serve it:
+
+```sh
+vllm serve ./model --tokenizer {base} --served-model-name {summary.name}
+```""",
+    )
 
 
 def _adapter_config(adapter: Path) -> dict[str, Any]:

@@ -199,7 +199,7 @@ def samples(summary: StudySummary) -> Picture | None:
         _points(axes, points, limits, colour=colour, size=30)
         seen = [(places[t.number], value_of(t)) for t in group]
         _points(axes, seen, limits, colour=colour, filled=True, marker="D", size=44)
-    short = [t for t in trials if t.observation and t.observation.k_used < len(t.samples)]
+    short = [t for t in trials if t.observation and any(s.failed for s in t.samples)]
     _crosses(axes, [places[t.number] for t in short])
     axes.set_xlim(-0.6, max(len(trials), 6) - 0.4)
     size = 9 if len(trials) <= 24 else 7 if len(trials) <= 45 else 6

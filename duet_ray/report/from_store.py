@@ -43,6 +43,7 @@ def read_summary(folder: Path) -> StudySummary:
         started=datetime.fromtimestamp(record.created),
         seconds=record.seconds or None,
         versions=record.versions,
+        model_path=config.model_path,
         feedback_is_random=feedback.kind == "function" or bool(getattr(feedback, "temperature", None)),
     )
 

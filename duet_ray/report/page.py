@@ -29,6 +29,7 @@ from duet_ray.report.summary import (
     metric_means,
     n_ended,
     n_failed,
+    n_stopped,
     state,
     uniform_trial,
     value_format,
@@ -209,14 +210,21 @@ def _trial_row(summary: StudySummary, trial: Trial, *, is_chosen: bool) -> Trial
         ratio=ratio_text(trial.ratio, summary.domain_names, most=6) if trial.ratio else "",
         values=tuple(values(s.value) for s in trial.samples if s.value is not None),
         observation=_observation(summary, trial),
-        used=f"{sum(s.ok for s in trial.samples)} of {len(trial.samples)}" if trial.samples else "",
+        used=_used(trial),
         reasons=_reasons(trial),
         chosen=is_chosen,
     )
 
 
+def _used(trial: Trial) -> str:
+    if not trial.samples:
+        return ""
+    stopped = f", {n_stopped(trial)} stopped early" if n_stopped(trial) else ""
+    return f"{sum(s.ok for s in trial.samples)} of {len(trial.samples)}{stopped}"
+
+
 def _reasons(trial: Trial) -> tuple[tuple[str, str], ...]:
-    full = {first_line(s.reason): s.reason.strip() for s in trial.samples if s.reason is not None}
+    full = {first_line(s.reason): s.reason.strip() for s in trial.samples if s.failed and s.reason}
     return tuple(
         (f"{plural(n, 'sample')} failed: {line}", full[line] if full[line] != line else "")
         for line, n in failure_reasons([trial])

@@ -89,6 +89,7 @@ def _sample(sample: SampleResult) -> dict[str, Any]:
         "name": sample.spec.key,
         "value": sample.value,
         "reason": sample.reason,
+        "stopped_after": sample.train.get("stopped_after"),
         "stderr": _finite(sample.stderr),
         "metrics": {name: _finite(value) for name, value in sample.metrics.items()},
         "train_seconds": sample.train_seconds,

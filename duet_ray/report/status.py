@@ -26,6 +26,7 @@ from duet_ray.report.summary import (
     failure_reasons,
     measurement_of,
     n_ended,
+    n_stopped,
     running_best,
     searched,
     uniform_trial,
@@ -168,7 +169,9 @@ def _outcome(summary: StudySummary, trial: Trial, values: ValueFormat) -> str:
     elif trial.observation.k == 1:
         text = f"{summary.feedback_name} {values(value_of(trial))}"
     else:
-        text = f"{summary.feedback_name} {values(value_of(trial))} (best of {trial.observation.k_used}: {listed})"
+        stopped = f"; {n_stopped(trial)} stopped early" if n_stopped(trial) else ""
+        used = trial.observation.k_used
+        text = f"{summary.feedback_name} {values(value_of(trial))} (best of {used}: {listed}{stopped})"
     return "; ".join([text, *reasons])
 
 
@@ -188,7 +191,7 @@ def _title(summary: StudySummary) -> Text:
 def _values(trial: Trial, active: dict[str, str], values: ValueFormat) -> Text:
     """The values so far, then what is going on, then why something failed; takes what it shows out of `active`."""
     got = [s.value for s in trial.samples if s.value is not None]
-    reasons = [s.reason for s in trial.samples if s.reason is not None]
+    reasons = [s.reason or "" for s in trial.samples if s.failed]
     if len(got) > SHOWN_VALUES:
         text = Text(f"{values(min(got))} … {values(max(got))} ({len(got)})")
     else:
@@ -196,6 +199,8 @@ def _values(trial: Trial, active: dict[str, str], values: ValueFormat) -> Text:
     if reasons:
         what = first_line(reasons[0], width=60) if not got else f"{len(reasons)} failed"
         text.append(f"{' ' if got else ''}{what}", style="red")
+    if stopped := n_stopped(trial):
+        text.append(f"{' ' if text.plain else ''}{stopped} stopped", style="dim")
     mine = [key for key in active if key == trial.name or key.startswith(f"{trial.name}-s")]
     stages = [f"{key.removeprefix(trial.name).lstrip('-')} {active.pop(key)}".strip() for key in mine]
     if stages:

@@ -63,6 +63,8 @@ class StudySummary:
     notes: tuple[str, ...] = ()
     feedback_is_random: bool = False
     """Whether the feedback may return another value for the same model."""
+    model_path: str = "<base model>"
+    """Folder or hub id of the base model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +206,7 @@ def measurement_of(samples: Sequence[SampleResult], *, trained: bool = True, exa
     values = tuple(s.value for s in samples if s.value is not None)
     if not values:
         return None
-    return Measurement(values=values, n_failed=len(samples) - len(values), trained=trained, exact=exact)
+    return Measurement(values=values, n_failed=sum(s.failed for s in samples), trained=trained, exact=exact)
 
 
 def finalists(summary: StudySummary) -> tuple[tuple[Trial, Measurement], ...]:
@@ -258,8 +260,13 @@ def best_sample(trial: Trial) -> SampleResult | None:
 
 def failure_reasons(trials: Iterable[Trial]) -> tuple[tuple[str, int], ...]:
     """The first lines of failed samples' reasons with how often each occurred, most frequent first."""
-    reasons = Counter(first_line(s.reason) for t in trials for s in t.samples if s.reason is not None)
+    reasons = Counter(first_line(s.reason or "") for t in trials for s in t.samples if s.failed)
     return tuple(reasons.most_common())
+
+
+def n_stopped(trial: Trial) -> int:
+    """Samples that were behind in their trial's race, and stopped before the end."""
+    return sum(s.was_stopped for s in trial.samples)
 
 
 def all_values(summary: StudySummary) -> tuple[float, ...]:

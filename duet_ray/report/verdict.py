@@ -338,11 +338,10 @@ def _caveats(summary: StudySummary, best: Trial, comparisons: list[Comparison], 
         )
     found += _choice_caveats(summary, best) if again else []
     found += _width_caveat(comparisons)
-    used = best.observation.k_used if best.observation else summary.k
-    if used < summary.k:
+    if best.observation and (n_lost := sum(s.failed for s in best.samples)):
         found.append(
-            f"{best.name} has only {used} of {plural(summary.k, 'sample')}: the others failed, and the best of fewer "
-            "samples is a weaker observation."
+            f"{best.name} has only {best.observation.k_used} of {plural(summary.k, 'sample')}: {n_lost} failed, and "
+            "the best of fewer samples is a weaker observation."
         )
     return found
 
@@ -430,7 +429,7 @@ def _ratio_advice(summary: StudySummary, uniform: Comparison | None) -> str:
             "ratio (sampling.k) may still do."
         )
     if uniform.outcome == "beats":
-        return "Use the best ratio: train on it, or take its adapter as it is."
+        return "Use the best ratio: train on it, or take its model as it is."
     if uniform.outcome in ("loses", "behind"):
         return (
             "Use the uniform ratio: it did better when both were measured again. Its own trial has no value, so there "

@@ -46,7 +46,8 @@ def scoring_model(context: SelectionContext) -> Iterator[ScoringModel]:
     """
     model, tokenizer = context.load_base()
     own = {name: value for name in ("epochs", "target_modules") if (value := getattr(context.settings, name))}
-    trainer = make_trainer(context.training.model_copy(update=own), model, tokenizer)
+    # Scores are those of an adapter, also where the samples train every weight.
+    trainer = make_trainer(context.training.model_copy(update={**own, "method": "lora"}), model, tokenizer)
     try:
         yield ScoringModel(trainer, pad_id(tokenizer), context.settings.batch_size)
     except SampleFailed as error:

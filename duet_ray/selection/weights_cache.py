@@ -34,7 +34,17 @@ ARRAYS, ABOUT = "weights.npz", "weights.json"
 _NAMES = ("scores", "probabilities", "order")
 _EDGE = 1 << 20
 _WEIGHT_FILES = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
-_NOT_IN_FIT = {"epochs", "micro_batch_size", "gradient_checkpointing", "max_tokens", "loss_on"}
+_NOT_IN_FIT = {
+    "epochs",
+    "micro_batch_size",
+    "gradient_checkpointing",
+    "max_tokens",
+    "loss_on",
+    "method",
+    "fuse",
+    "zero",
+    "checkpoint_minutes",
+}
 """Settings that change no score by more than rounding, or are in the domain's fingerprint or the key already."""
 
 _KEY = re.compile(r"(?P<place>(?P<domain>.+)-[0-9a-f]{16})-(?P<use>plain|shift|rank|top|softmax-[^-]+.*|drop-[^-]+.*)")
@@ -64,8 +74,8 @@ def weights_key(domain: Any, config: StudyConfig, identity: str | None = None) -
         if method.fits:
             # LESS and TracIn have a number of epochs of their own.
             default = None if settings.method in ("less", "tracin") else config.training.epochs
-            epochs = {"epochs": settings.epochs or default}
-            inputs["training"] = config.training.model_dump(mode="json", exclude=_NOT_IN_FIT) | epochs
+            own = {"epochs": settings.epochs or default, "method": "lora"}
+            inputs["training"] = config.training.model_dump(mode="json", exclude=_NOT_IN_FIT) | own
         if method.gives == "order":
             inputs["n_drawn"] = n_drawn(config, domain.index, len(domain.train))
         if settings.embedding_model and "embedding_model" in read:

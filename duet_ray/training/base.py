@@ -75,7 +75,7 @@ class Trainer(Protocol):
     """Fine-tunes the base on a sample's rows."""
 
     artifact: str
-    """What `save` writes: `adapter` or `model`; the name of its folder."""
+    """What `save` writes, and the name of its folder: `adapter` in PEFT's layout, or `model`, a whole one."""
 
     @property
     def model(self) -> Any:

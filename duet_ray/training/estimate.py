@@ -1,12 +1,19 @@
-"""How much memory a sample will need, before anything is loaded.
+"""How much memory and time a study will need, before anything is loaded.
 
-The model is built on the meta device (shapes, no numbers), so that even a 70B model is counted in seconds. The estimate
-is the sum of what is certain (weights, adapters with their gradients and Adam states) and of what is a rule of thumb
-(activations), and is meant to tell "fits easily" from "does not fit", not to be exact. Importing this module loads
-neither torch nor transformers, since every command does.
+The model is built on the meta device (shapes, no numbers), so that even a 70B model is counted in seconds. The memory
+is the sum of what is certain (weights, gradients, optimizer states) and of what a Llama-like block keeps for its
+backward pass, tensor by tensor; it is meant to tell "fits easily" from "does not fit", and errs to the safe side: every
+row is taken to be as long as the longest, and every token to be in the loss. `benchmarks/memory.py` compares it with
+what trainings really take. The time is that of real passes through the model's first layers, measured in the call.
+
+Importing this module loads neither torch nor transformers, since every command does.
 """
 
+import math
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import psutil
@@ -15,8 +22,33 @@ from duet_ray.config import StudyConfig
 from duet_ray.errors import ConfigError, Problem
 
 GIB = 2**30
-_ACTIVATION_TENSORS = 24
-"""Hidden-size tensors kept per layer and token for the backward pass of a Llama-like block, attention included."""
+
+_BYTES_PER_LOGIT = 12
+"""At the peak of the loss: the logits, their float32 copy and its log-softmax; then the gradients of these."""
+
+_BYTES_PER_ADAPTER_WEIGHT = 20
+"""float32: weight, gradient, Adam's two moments, and what the optimizer's step works with."""
+
+_HEAP = {"cpu": 1.5, "cuda": 1.1}
+"""Memory of the process per byte in tensors that a pass keeps: the allocator's loss (measured; a CPU's is the heap)."""
+
+_CPU_CHECKPOINTED = 0.7
+"""Share of a whole pass that checkpointing still takes on a CPU: what the heap does not give back between layers."""
+
+PROCESS_GIB = {"cpu": 0.6, "cuda": 1.5}
+"""Resident memory of a worker before it has a model: Python and its libraries."""
+
+_BUCKET, _GATHERED = 500_000_000, 1_000_000_000
+"""DeepSpeed's defaults, in numbers: the buffer that gradients are exchanged through, and, in stage 3, the weights that
+are put together at a time. On a CPU a buffer takes the memory of what is in it, which the measured parts include."""
+
+_SECONDS_PER_PACE = 0.6
+
+_MOST_ON_CPU = 400_000_000
+"""Weights in the layers that a CPU may time in a second or two."""
+
+_USABLE = 0.8
+"""Share of a GPU's memory that bundles of samples may fill."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,20 +58,72 @@ class MemoryEstimate:
     n_parameters: int
     n_trained: int
     weights_gib: float
-    adapter_gib: float
+    states_gib: float
+    """What is trained: adapters (or master weights), gradients and optimizer states."""
     activations_gib: float
+    logits_gib: float
+    step_gib: float
+    """What the optimizer's step works with, when the activations are gone."""
+    feedback_gib: float
+    """What measuring takes: the whole model and a forward pass, when gradients and optimizer states are gone."""
+    host_gib: float
+    """In the memory of the machine: the process, a copy of the base, and optimizer states that are kept there."""
     micro_batch_size: int
+    fuse: int
+    device: str
+    """`cpu` or `cuda`: on a CPU, `host_gib` is of the same memory as all else."""
+    method: str
+
+    @property
+    def device_gib(self) -> float:
+        """At the peak: in a pass, in the optimizer's step, or in the feedback."""
+        return max(self._training_gib, self.feedback_gib)
+
+    @property
+    def _training_gib(self) -> float:
+        return self.weights_gib + self.states_gib + max(self.activations_gib + self.logits_gib, self.step_gib)
 
     @property
     def total_gib(self) -> float:
-        return self.weights_gib + self.adapter_gib + self.activations_gib
+        """Of the memory that is the scarce one: the GPU's, or on a CPU the machine's."""
+        return self.device_gib + (self.host_gib if self.device == "cpu" else 0)
 
     def describe(self) -> str:
+        trained = "adapter" if self.method == "lora" else "gradients"
+        trained += f"{'s'[: self.fuse > 1 and self.method == 'lora']} with optimizer"
+        together = f" of each of {self.fuse} samples in one pass" if self.fuse > 1 else ""
+        parts = [
+            f"weights {self.weights_gib:.1f}",
+            f"{trained} {self.states_gib:.1f}",
+            f"activations {self.activations_gib:.1f} and logits {self.logits_gib:.1f} at micro-batch "
+            f"{self.micro_batch_size}{together}",
+        ]
+        if self.step_gib > self.activations_gib + self.logits_gib:
+            parts.append(f"but the optimizer's step {self.step_gib:.1f}")
+        if self.feedback_gib > self._training_gib:
+            parts = [f"weights and feedback {self.feedback_gib:.1f} (training takes {self._training_gib:.1f})"]
+        host = f"process {self.host_gib:.1f}" if self.device == "cpu" else ""
+        beside = f", and {self.host_gib:.1f} GiB of host memory" if self.device == "cuda" else ""
         return (
-            f"about {self.total_gib:.1f} GiB per worker: weights {self.weights_gib:.1f}, adapter with optimizer "
-            f"{self.adapter_gib:.1f}, activations {self.activations_gib:.1f} at micro-batch {self.micro_batch_size} "
+            f"about {self.total_gib:.1f} GiB per worker: {', '.join([*parts, *([host] if host else [])])}{beside} "
             f"({self.n_parameters / 1e6:,.0f} M parameters, {self.n_trained / 1e6:,.1f} M trained)"
         )
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """What the estimate must know of a model."""
+
+    n_parameters: int
+    n_layers: int
+    hidden: int
+    wide: int
+    """Width between the two halves of a block's feed-forward part."""
+    heads: int
+    """Width of all attention heads together."""
+    vocabulary: int
+    linears: tuple[tuple[str, int, int], ...]
+    """(name, n_in, n_out) of every linear layer but the output's."""
 
 
 def estimate_memory(config: StudyConfig) -> MemoryEstimate:
@@ -48,64 +132,95 @@ def estimate_memory(config: StudyConfig) -> MemoryEstimate:
     Raises:
         ConfigError: the model's configuration cannot be read, or no layer matches `training.target_modules`.
     """
-    import torch
-
-    model, about = _empty_model(config)
-    training = config.training
-    n_parameters = sum(p.numel() for p in model.parameters())
-    head = model.get_output_embeddings()
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
-    if training.target_modules != "all-linear":
-        wanted = tuple(training.target_modules)
-        linears = {n: m for n, m in linears.items() if n in wanted or n.endswith(tuple(f".{w}" for w in wanted))}
-        if not linears:
-            kinds = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
-            message = f"no linear layer is called {', '.join(wanted)}; there are: {', '.join(kinds)}"
-            raise ConfigError([Problem(path="training.target_modules", message=message)])
-    n_trained = sum(training.rank * (m.in_features + m.out_features) for m in linears.values())
-    micro = training.micro_batch_size or resolved_micro_batch(training.batch_size)
-    width = 2 if config.model.dtype == "bfloat16" else 4
-    n_tokens = micro * training.max_tokens
-    layers = 1 if training.gradient_checkpointing else about.num_hidden_layers
-    per_token = layers * _ACTIVATION_TENSORS * about.hidden_size * width
-    # Logits of the predicted tokens as they come, as float32, and their gradient.
-    per_token += about.vocab_size * (width + 4 + 4)
-    return MemoryEstimate(
-        n_parameters=n_parameters,
-        n_trained=n_trained,
-        weights_gib=n_parameters * width / GIB,
-        adapter_gib=n_trained * 16 / GIB,
-        activations_gib=n_tokens * per_token / GIB,
-        micro_batch_size=micro,
-    )
+    model = config.model
+    return _estimate(config, _shapes(config.model_path, model.revision, model.trust_remote_code))
 
 
 def memory_problem(config: StudyConfig, estimate: MemoryEstimate) -> str | None:
-    """What does not fit on this machine, with the first setting to change; None when it fits or is not known."""
+    """What does not fit, with the first setting to change; None when it fits.
+
+    GPUs that are not visible from here may have any size: then what is needed is said, and that it is not known.
+    """
+    gpu_gib = _gpu_gib() if config.fleet.gpus_per_worker > 0 else None
+    if config.fleet.gpus_per_worker > 0 and gpu_gib is None:
+        return (
+            f"memory: no GPU is visible from here, so it is not known whether {estimate.device_gib:.1f} GiB for each "
+            "worker fit; `duet validate` on a node with a GPU tells"
+        )
+    lacking = _lacking(config, estimate, gpu_gib)
+    if lacking is None:
+        return None
+    model = config.model
+    shapes = _shapes(config.model_path, model.revision, model.trust_remote_code)
+    for remedy, changed in _remedies(config, estimate):
+        if _lacking(changed, _estimate(changed, shapes), gpu_gib) is None:
+            return f"{lacking}; {remedy}"
+    return f"{lacking}; take a smaller model, or a larger machine"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeEstimate:
+    """How long the trainings of a study take; feedback, scoring and the search itself are not in it."""
+
+    n_samples: int
+    seconds_per_sample: float
+    tokens_per_second: float
+    """Of one group, on rows of the study's mean length."""
+    flops_per_second: float
+    """Of one group, counted as 6 per weight and token, 4 where the base is frozen; 2 more with checkpointing."""
+    n_at_once: int
+
+    @property
+    def seconds(self) -> float:
+        return self.n_samples * self.seconds_per_sample / self.n_at_once
+
+    def describe(self) -> str:
+        return (
+            f"time: about {_duration(self.seconds)} for {self.n_samples} trainings, {self.n_at_once} at a time, of "
+            f"{_duration(self.seconds_per_sample)} each ({self.tokens_per_second:,.0f} tokens/s and "
+            f"{self.flops_per_second / 1e9:,.0f} GFLOP/s a group, measured just now on the model's first layers); "
+            "feedback comes on top"
+        )
+
+
+def estimate_time(config: StudyConfig, n_tokens: float) -> TimeEstimate | None:
+    """Measure real passes through one and two layers of the model, with random weights, and count up from there.
+
+    Args:
+        n_tokens: in a row, on average.
+
+    Returns:
+        None where it would not be honest: the GPUs are elsewhere, the first layers alone would take a CPU longer than
+        a few seconds, or the model has no layers that can be left out.
+
+    Raises:
+        ConfigError: as `estimate_memory` does.
+    """
     import torch
 
-    if config.fleet.gpus_per_worker > 0:
-        if not torch.cuda.is_available():
-            return None  # The GPUs are on other nodes.
-        free, where, n_workers = (
-            torch.cuda.mem_get_info()[1] / GIB,
-            "this GPU",
-            1 / min(1, config.fleet.gpus_per_worker),
-        )
-    else:
-        free, where, n_workers = psutil.virtual_memory().available / GIB, "this machine", config.fleet.groups
-    need = estimate.total_gib * n_workers
-    if need <= free:
+    training, fleet = config.training, config.fleet
+    is_gpu = fleet.gpus_per_worker > 0
+    shapes = _shapes(config.model_path, config.model.revision, config.model.trust_remote_code)
+    n_matrix = sum(n_in * n_out for _, n_in, n_out in shapes.linears) + shapes.hidden * shapes.vocabulary
+    n_first = shapes.hidden * shapes.vocabulary * 2 + 2 * n_matrix // shapes.n_layers
+    if is_gpu != torch.cuda.is_available() or (not is_gpu and n_first > _MOST_ON_CPU) or shapes.n_layers < 3:
         return None
-    if estimate.activations_gib > estimate.weights_gib and estimate.micro_batch_size > 1:
-        remedy = f"lower training.micro_batch_size (now {estimate.micro_batch_size})"
-    elif config.fleet.groups > 1 and estimate.total_gib <= free:
-        remedy = f"lower fleet.groups (now {config.fleet.groups})"
-    elif config.model.dtype == "float32":
-        remedy = "set model.dtype: bfloat16"
-    else:
-        remedy = "take a smaller model"
-    return f"memory: {need:.1f} GiB may be needed and {where} has {free:.1f}; {remedy}"
+    width = max(2, round(min(n_tokens, training.max_tokens)))
+    n_rows = min(training.micro_batch_size or resolved_micro_batch(training.batch_size), max(1, 4096 // width))
+    one, two = (_pass_seconds(config, n, n_rows, width, "cuda" if is_gpu else "cpu") for n in (1, 2))
+    seconds = one + (shapes.n_layers - 1) * max(two - one, 0.1 * one)
+    n_per_sample = config.mixture.n_rows * training.epochs * width
+    per_second = fleet.workers_per_group * n_rows * width / seconds
+    trials, confirm = config.n_planned_trials, config.confirm
+    n_confirmed = confirm.repeats * (confirm.finalists + 1) if confirm.finalists else 0
+    flops = (4 if training.method == "lora" else 6) + (2 if training.gradient_checkpointing else 0)
+    return TimeEstimate(
+        n_samples=config.sampling.k * trials + n_confirmed,
+        seconds_per_sample=n_per_sample / per_second,
+        tokens_per_second=per_second,
+        flops_per_second=flops * n_matrix * per_second,
+        n_at_once=min(fleet.groups, config.sampling.k * config.search.concurrent_trials),
+    )
 
 
 def resolved_micro_batch(batch_size: int) -> int:
@@ -113,24 +228,304 @@ def resolved_micro_batch(batch_size: int) -> int:
     return max(size for size in range(1, 9) if batch_size % size == 0)
 
 
-def _empty_model(config: StudyConfig) -> tuple[Any, Any]:
+def resolved_fuse(config: StudyConfig) -> tuple[int, list[str]]:
+    """The number of samples in one pass for `training.fuse: auto`, and what there is to say of it.
+
+    1 unless one worker trains LoRA. On a CPU it is 1: processes side by side are faster than one pass for all, and
+    where the memory does not hold as many, fewer `fleet.groups` are the remedy (`memory_problem` says so), not another
+    number here. On GPUs it is the largest bundle that the concurrent trials can keep every group busy with, and that
+    fills at most 80 % of the memory of the smallest GPU here.
+
+    Raises:
+        ConfigError: as `estimate_memory` does.
+    """
+    sampling, fleet = config.sampling, config.fleet
+    most = min(sampling.k, math.ceil(sampling.k * config.search.concurrent_trials / fleet.groups))
+    if config.training.method != "lora" or fleet.workers_per_group > 1 or fleet.gpus_per_worker == 0 or most == 1:
+        return 1, []
+    gpu_gib = _gpu_gib()
+    if gpu_gib is None:
+        return 1, [
+            f"training.fuse: auto is 1, since no GPU is visible from here; give a number up to {most} to train that "
+            "many samples of a trial in one pass"
+        ]
+    usable = _USABLE * gpu_gib * min(1.0, fleet.gpus_per_worker)
+    fitting = (n for n in range(most, 1, -1) if estimate_memory(_with_training(config, fuse=n)).device_gib <= usable)
+    return next(fitting, 1), []
+
+
+def _estimate(config: StudyConfig, shapes: _Shapes) -> MemoryEstimate:
+    training, fleet = config.training, config.fleet
+    device = "cuda" if fleet.gpus_per_worker > 0 else "cpu"
+    width = 2 if config.model.dtype == "bfloat16" else 4
+    micro = training.micro_batch_size or resolved_micro_batch(training.batch_size)
+    micro = min(micro, math.ceil(training.batch_size / fleet.workers_per_group))
+    fuse = training.fuse if training.fuse != "auto" and training.method == "lora" else 1
+    n_tokens = fuse * micro * training.max_tokens
+    model, host, step = float(shapes.n_parameters * width), PROCESS_GIB[device] * GIB, 0.0
+    weights = model
+    if training.method == "lora":
+        adapted = _adapted(config, shapes)
+        n_trained = sum(training.rank * (n_in + n_out) for _, n_in, n_out in adapted)
+        states: float = fuse * n_trained * _BYTES_PER_ADAPTER_WEIGHT
+        per_token = _lora_bytes(config, shapes, adapted, width)
+    else:
+        n_trained = shapes.n_parameters
+        zero = _zero_bytes(config, n_trained, width)
+        weights, states, step = zero.weights, zero.states, zero.step
+        host += zero.host
+        per_token = shapes.n_layers * _block_bytes(shapes, width, inputs=_distinct_inputs(shapes) + 2 * shapes.hidden)
+    kept_bytes = per_token * _HEAP[device]
+    if training.gradient_checkpointing:
+        between = shapes.n_layers * shapes.hidden * width + per_token / shapes.n_layers
+        kept_bytes = per_token * _CPU_CHECKPOINTED if device == "cpu" else between * _HEAP[device]
+    logits = n_tokens * shapes.vocabulary * _BYTES_PER_LOGIT
+    n_measured = getattr(config.feedback, "batch_size", 1) * training.max_tokens
+    return MemoryEstimate(
+        n_parameters=shapes.n_parameters,
+        n_trained=n_trained,
+        weights_gib=weights / GIB,
+        states_gib=states / GIB,
+        activations_gib=n_tokens * kept_bytes / GIB,
+        logits_gib=logits / GIB,
+        step_gib=step / GIB,
+        feedback_gib=(model + n_measured * (shapes.vocabulary * _BYTES_PER_LOGIT + per_token / shapes.n_layers)) / GIB,
+        host_gib=host / GIB,
+        micro_batch_size=micro,
+        fuse=fuse,
+        device=device,
+        method=training.method,
+    )
+
+
+def _lora_bytes(config: StudyConfig, shapes: _Shapes, adapted: list[tuple[str, int, int]], width: int) -> float:
+    """Bytes per token that all layers keep with adapters on a frozen base."""
+    training = config.training
+    inputs = sum(n_in for _, n_in, _ in adapted)
+    if width == 4 and training.dropout == 0:
+        # Layers with the same input share it. In bfloat16 each adapter has a copy of its own, cast from float32.
+        inputs = min(inputs, shapes.n_layers * _distinct_inputs(shapes))
+    dropped = 4 * inputs if training.dropout else 0
+    inner = width * training.rank * len(adapted)
+    return shapes.n_layers * _block_bytes(shapes, width, inputs=0) + width * inputs + dropped + inner
+
+
+def _block_bytes(shapes: _Shapes, width: int, *, inputs: int) -> float:
+    """Bytes per token that a block keeps: gate, its activation and up; queries, keys, values (repeated to all heads)
+    and the attention's output; both normalisations' float32 input; and `inputs` numbers for its linear layers."""
+    return width * (3 * shapes.wide + 4 * shapes.heads + inputs) + 4 * 2 * shapes.hidden
+
+
+def _distinct_inputs(shapes: _Shapes) -> int:
+    """Numbers per token that a block's linear layers are given: to the attention and the feed-forward part, to their
+    output layers."""
+    return 2 * shapes.hidden + shapes.heads + shapes.wide
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Zero:
+    """Bytes of one worker of a group that trains every weight."""
+
+    weights: float
+    states: float
+    step: float
+    host: float
+
+
+def _zero_bytes(config: StudyConfig, n_parameters: int, width: int) -> _Zero:
+    """ZeRO (Rajbhandari et al. 2020): float32 master weights and two moments, and gradients summed in float32.
+
+    Stage 1 splits master weights and moments over the workers, stage 2 the gradients too, stage 3 the weights too. The
+    step works with two more float32 numbers a weight. A copy of the base waits in host memory.
+    """
+    zero, n_workers = config.training.zero, config.fleet.workers_per_group
+    weights = n_parameters * width / (n_workers if zero.stage == 3 else 1)
+    gradients = n_parameters * 4 / (n_workers if zero.stage >= 2 else 1)
+    optimizer, step = n_parameters * 12 / n_workers, n_parameters * 8 / n_workers
+    copy = n_parameters * width
+    if config.fleet.gpus_per_worker > 0:
+        gradients += _BUCKET * (4 if zero.stage == 1 else width)
+        weights += min(_GATHERED, n_parameters) * width if zero.stage == 3 and n_workers > 1 else 0
+    if zero.offload_optimizer:
+        return _Zero(weights=weights, states=gradients, step=0.0, host=copy + optimizer + step)
+    return _Zero(weights=weights, states=gradients + optimizer, step=step, host=copy)
+
+
+def _adapted(config: StudyConfig, shapes: _Shapes) -> list[tuple[str, int, int]]:
+    targets = config.training.target_modules
+    if targets == "all-linear":
+        return list(shapes.linears)
+    wanted = tuple(targets)
+    adapted = [one for one in shapes.linears if one[0] in wanted or one[0].endswith(tuple(f".{w}" for w in wanted))]
+    if not adapted:
+        kinds = sorted({name.rsplit(".", 1)[-1] for name, _, _ in shapes.linears})
+        message = f"no linear layer is called {', '.join(wanted)}; there are: {', '.join(kinds)}"
+        raise ConfigError([Problem(path="training.target_modules", message=message)])
+    return adapted
+
+
+def _gpu_gib() -> float | None:
+    """The memory of the smallest GPU that is visible from here; None when there is none."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not torch.cuda.is_available():
+        return None
+    return min(torch.cuda.mem_get_info(index)[1] for index in range(torch.cuda.device_count())) / GIB
+
+
+def _lacking(config: StudyConfig, estimate: MemoryEstimate, gpu_gib: float | None) -> str | None:
+    """What is needed and what there is, where that is less."""
+    fleet = config.fleet
+    host_gib, n_workers = psutil.virtual_memory().available / GIB, fleet.groups * fleet.workers_per_group
+    if gpu_gib is not None:
+        each = min(1.0, fleet.gpus_per_worker)
+        need = estimate.device_gib / each
+        if need > gpu_gib:
+            sharing = f" by the {1 / each:g} workers that share it" if each < 1 else ""
+            return f"memory: {need:.1f} GiB may be needed{sharing} and this GPU has {gpu_gib:.1f}"
+        if estimate.host_gib * n_workers > host_gib:
+            need = estimate.host_gib * n_workers
+            return f"memory: {need:.1f} GiB of host memory may be needed and this machine has {host_gib:.1f}"
+        return None
+    need = estimate.total_gib * n_workers
+    if need <= host_gib:
+        return None
+    return f"memory: {need:.1f} GiB may be needed by {n_workers} workers and this machine has {host_gib:.1f}"
+
+
+def _remedies(config: StudyConfig, estimate: MemoryEstimate) -> Iterator[tuple[str, StudyConfig]]:
+    """Settings to change, those first that cost least; each with all before it that did not suffice."""
+    training, fleet = config.training, config.fleet
+    for fuse in range(estimate.fuse - 1, 0, -1):
+        config = _with_training(config, fuse=fuse)
+        yield f"lower training.fuse (now {estimate.fuse}) to {fuse}", config
+    micro = estimate.micro_batch_size
+    for size in (n for n in range(micro - 1, 0, -1) if training.batch_size % n == 0):
+        config = _with_training(config, micro_batch_size=size)
+        yield f"lower training.micro_batch_size (now {micro}) to {size}", config
+    for groups in range(fleet.groups - 1, 0, -1):
+        config = config.model_copy(update={"fleet": fleet.model_copy(update={"groups": groups})})
+        yield f"lower fleet.groups (now {fleet.groups}) to {groups}", config
+    if training.method == "full":
+        for stage in range(training.zero.stage + 1, 4 if fleet.workers_per_group > 1 else 0):
+            config = _with_training(config, zero=training.zero.model_copy(update={"stage": stage}))
+            yield f"set training.zero.stage: {stage}", config
+        if fleet.gpus_per_worker > 0 and not training.zero.offload_optimizer:
+            config = _with_training(config, zero=config.training.zero.model_copy(update={"offload_optimizer": True}))
+            yield "set training.zero.offload_optimizer: true", config
+    if not training.gradient_checkpointing:
+        config = _with_training(config, gradient_checkpointing=True)
+        yield "set training.gradient_checkpointing: true", config
+    if config.model.dtype == "float32":
+        config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
+        yield "set model.dtype: bfloat16", config
+    if training.method == "full":
+        config = _with_training(config, method="lora")
+        yield "set training.method: lora", config
+
+
+def _with_training(config: StudyConfig, **changes: Any) -> StudyConfig:
+    return config.model_copy(update={"training": config.training.model_copy(update=changes)})
+
+
+def _pass_seconds(config: StudyConfig, n_layers: int, n_rows: int, n_tokens: int, device: str) -> float:
+    """The shortest of a few forward and backward passes through the model's first layers, made of constant weights."""
+    import torch
+
+    from duet_ray.likelihood import Batch, autocast, token_nll
+    from duet_ray.training.lora import attach_adapter, private_generators, training_mode
+
+    training, model_config = config.training, config.model
+    about = _about(config.model_path, model_config.revision, model_config.trust_remote_code)
+    text = about.get_text_config()
+    text.num_hidden_layers = n_layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:n_layers]
+    with torch.device("meta"):
+        base = _from_config(about, model_config.trust_remote_code)
+    base = base.to(getattr(torch, model_config.dtype)).to_empty(device=device)
+    for tensor in (*base.parameters(), *base.buffers()):
+        tensor.data.fill_(0.01 if tensor.is_floating_point() else 0)
+    n_threads = torch.get_num_threads()
+    is_lora = training.method == "lora"
+    with private_generators(0, torch.device(device)):
+        model = attach_adapter(base.requires_grad_(False), training).to(device) if is_lora else base
+    ids = torch.ones(n_rows, n_tokens, dtype=torch.int64, device=device)
+    batch = Batch(ids, ids, ids.bool() & (torch.arange(n_tokens, device=device) > 0))
+    shortest, until = math.inf, time.perf_counter() + _SECONDS_PER_PACE
+    try:
+        torch.set_num_threads(max(1, int(config.fleet.cpus_per_worker)))
+        with training_mode(model, training):
+            for number in range(8):
+                started = time.perf_counter()
+                with autocast(model):
+                    loss = token_nll(model, batch).sum()
+                loss.backward()
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                model.zero_grad(set_to_none=True)
+                ended = time.perf_counter()
+                # The first pass has to warm up.
+                shortest = min(shortest, ended - started) if number else shortest
+                if number and ended > until:
+                    break
+    finally:
+        torch.set_num_threads(n_threads)
+    return shortest
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+@lru_cache(maxsize=8)
+def _shapes(path: str, revision: str | None, trust_remote_code: bool) -> _Shapes:
+    import torch
+
+    about = _about(path, revision, trust_remote_code)
+    try:
+        with torch.device("meta"):
+            model = _from_config(about, trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreadable(path, error) from None
+    text, head = about.get_text_config(), model.get_output_embeddings()
+    linears = tuple(
+        (name, module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    )
+    hidden, n_heads = text.hidden_size, text.num_attention_heads
+    experts = getattr(text, "num_experts_per_tok", None) or 1
+    return _Shapes(
+        n_parameters=sum(p.numel() for p in model.parameters()),
+        n_layers=text.num_hidden_layers,
+        hidden=hidden,
+        wide=experts * (getattr(text, "intermediate_size", None) or max(n_out for _, _, n_out in linears)),
+        heads=n_heads * (getattr(text, "head_dim", None) or hidden // n_heads),
+        vocabulary=text.vocab_size,
+        linears=linears,
+    )
+
+
+def _about(path: str, revision: str | None, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
 
     try:
-        about = AutoConfig.from_pretrained(
-            config.model_path, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
-        )
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(about, trust_remote_code=config.model.trust_remote_code)
+        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            [
-                Problem(
-                    path="model.path",
-                    message=f"{config.model_path}: cannot be read as a causal language model: {reason}",
-                )
-            ]
-        ) from None
-    return model, about.get_text_config()
+        raise _unreadable(path, error) from None
+
+
+def _from_config(about: Any, trust_remote_code: bool) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(about, trust_remote_code=trust_remote_code)
+
+
+def _unreadable(path: str, error: Exception) -> ConfigError:
+    reason = str(error).splitlines()[0]
+    message = f"{path}: cannot be read as a causal language model: {reason}"
+    return ConfigError([Problem(path="model.path", message=message)])

@@ -79,7 +79,7 @@ class LoraTrainer:
     ) -> TrainReport:
         self.reset()
         try:
-            with self._private_generators(seed):
+            with private_generators(seed, self._device):
                 return self._train(rows, seed, on_step, on_epoch, halt)
         except (RuntimeError, MemoryError) as error:
             self.reset()
@@ -93,10 +93,7 @@ class LoraTrainer:
     def save(self, folder: Path) -> None:
         """Write `ADAPTER_FILES` into `folder`, which `PeftModel.from_pretrained` and vLLM load."""
         assert self._adapted is not None, "nothing is trained or loaded"
-        folder.mkdir(parents=True, exist_ok=True)
-        # False, not PEFT's "auto": that would ask the hub whether the vocabulary of the base had grown.
-        self._adapted.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
-        (folder / "README.md").unlink(missing_ok=True)
+        write_adapter(self._adapted, folder)
 
     def load(self, folder: Path) -> None:
         """Attach an adapter that `save` wrote.
@@ -108,10 +105,10 @@ class LoraTrainer:
         if missing := [name for name in ADAPTER_FILES if not (folder / name).is_file()]:
             raise StoreError(f"{folder} holds no adapter: {' and '.join(missing)} not found")
         try:
-            with self._private_generators(0):
+            with private_generators(0, self._device):
                 adapted = PeftModel.from_pretrained(self._base, str(folder), torch_device=str(self._device))
         except (RuntimeError, ValueError, SafetensorError) as error:
-            self._strip()
+            strip_adapter(self._base)
             raise StoreError(f"the adapter in {folder} is damaged, or of another base model: {error}") from error
         self._adapted = adapted.eval()
 
@@ -133,7 +130,8 @@ class LoraTrainer:
         batches = effective_batches(len(rows), self._training, seed)
         n_stop = n_steps_until(halt.after, len(batches)) if halt else len(batches)
         micro = micro_batch_size(self._training, max(map(len, rows)), self._device.type)
-        passes = _Passes(self._attach(), self._pad_id, min(micro, math.ceil(self._training.batch_size / n_ranks())))
+        self._adapted = attach_adapter(self._base, self._training)
+        passes = _Passes(self._adapted, self._pad_id, min(micro, math.ceil(self._training.batch_size / n_ranks())))
         weights = {name: p for name, p in passes.model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(weights.values(), lr=0.0, weight_decay=self._training.weight_decay)
         state = read_state(halt.folder) if halt else None
@@ -142,13 +140,12 @@ class LoraTrainer:
             _take_up(state, weights, optimizer)
             passes.size = state.progress.micro_batch_size
         per_epoch = len(batches) // self._training.epochs
-        with self._training_mode(passes.model):
+        with training_mode(passes.model, self._training):
             for step in range(progress.n_done if progress else 0, n_stop):
-                torch.manual_seed(step_seed(seed, step, rank()))
                 rate = learning_rate(step, len(batches), self._training)
-                loss = passes.backward([rows[i] for i in batches[step]], optimizer)
+                loss = passes.backward([rows[i] for i in batches[step]], optimizer, step_seed(seed, step, rank()))
                 norm = float(torch.nn.utils.clip_grad_norm_(weights.values(), self._training.max_grad_norm))
-                _check_finite(loss, norm, step, len(batches), rate)
+                check_finite(loss, norm, step, len(batches), rate)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 optimizer.step()
@@ -165,13 +162,13 @@ class LoraTrainer:
                     passes.model.eval()
                     on_epoch(self._checkpoint(passes.model, optimizer, step + 1, len(batches)))
                     passes.model.train()
-                if halt and _is_due(halt, written, step + 1, n_stop, len(batches)):
+                if halt and is_due(halt, written, step + 1, n_stop, len(batches)):
                     if rank() == 0:
                         write_state(halt.folder, _state(progress, weights, optimizer))
                     written = time.perf_counter()
         assert progress is not None
         if progress.n_done == len(batches):
-            self._check_trained(passes.model)
+            check_trained([p for name, p in weights.items() if "lora_B" in name], self._training)
         return TrainReport(
             n_rows=len(rows),
             n_steps=progress.n_done,
@@ -195,61 +192,84 @@ class LoraTrainer:
             epoch=n_done // per_epoch - 1, learning_rate=sum(rates) / per_epoch, n_steps=n_done, moments=moments
         )
 
-    def _attach(self) -> PeftModel:
-        """A fresh adapter on the base, its start drawn from the generator as seeded by the caller; B is zero."""
-        settings = LoraConfig(
-            task_type="CAUSAL_LM",
-            r=self._training.rank,
-            lora_alpha=self._training.alpha,  # type: ignore[arg-type]  # a float works: it is divided by r
-            lora_dropout=self._training.dropout,
-            target_modules=self._training.target_modules,
-            bias="none",
-        )
-        try:
-            self._adapted = get_peft_model(self._base, settings)
-        except ValueError as error:
-            self._strip()
-            linears = sorted({n.rsplit(".", 1)[-1] for n, m in self._base.named_modules() if _is_linear(m)})
-            message = f"{error} The linear layers of this model are called: {', '.join(linears)}"
-            raise ConfigError([Problem(path="training.target_modules", message=message)]) from error
-        return self._adapted
 
-    def _strip(self) -> None:
-        """Take a half-attached adapter off the base after PEFT refused it."""
-        for name, module in list(self._base.named_modules()):
-            if isinstance(module, BaseTunerLayer):
-                self._base.set_submodule(name, module.get_base_layer())
-        if hasattr(self._base, "peft_config"):
-            del self._base.peft_config
+def attach_adapter(base: Any, training: TrainingConfig) -> PeftModel:
+    """A fresh adapter on the base, its start drawn from the generator as seeded by the caller; B is zero.
 
-    @contextmanager
-    def _private_generators(self, seed: int) -> Iterator[None]:
-        devices = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            yield
+    Raises:
+        ConfigError: the base has no layer that `training.target_modules` names.
+    """
+    settings = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=training.rank,
+        lora_alpha=training.alpha,  # type: ignore[arg-type]  # a float works: it is divided by r
+        lora_dropout=training.dropout,
+        target_modules=training.target_modules,
+        bias="none",
+    )
+    try:
+        return get_peft_model(base, settings)
+    except ValueError as error:
+        strip_adapter(base)
+        linears = sorted({n.rsplit(".", 1)[-1] for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)})
+        message = f"{error} The linear layers of this model are called: {', '.join(linears)}"
+        raise ConfigError([Problem(path="training.target_modules", message=message)]) from error
+    except BaseException:
+        strip_adapter(base)
+        raise
 
-    @contextmanager
-    def _training_mode(self, model: PeftModel) -> Iterator[None]:
-        checkpointing = self._training.gradient_checkpointing
-        model.train()
-        if checkpointing:
-            self._base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        try:
-            yield
-        finally:
-            if checkpointing:
-                self._base.gradient_checkpointing_disable()
-            model.eval()
 
-    def _check_trained(self, model: PeftModel) -> None:
-        """LoRA's B starts at zero, and an adapter with B = 0 is the base: such a sample has learned nothing."""
-        started_at_zero = [p for name, p in model.named_parameters() if "lora_B" in name]
-        if started_at_zero and not any(bool(p.any()) for p in started_at_zero):
-            raise SampleFailed(
-                "training left the adapter untouched: every LoRA B is still zero after the last step "
-                f"(training.learning_rate = {self._training.learning_rate:g})"
-            )
+def strip_adapter(base: Any) -> None:
+    """Take a half-attached adapter off the base after PEFT refused it or was interrupted."""
+    for name, module in list(base.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            base.set_submodule(name, module.get_base_layer())
+    if hasattr(base, "peft_config"):
+        del base.peft_config
+
+
+def write_adapter(adapted: PeftModel, folder: Path) -> None:
+    """Write `ADAPTER_FILES` into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # False, not PEFT's "auto": that would ask the hub whether the vocabulary of the base had grown.
+    adapted.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+
+
+@contextmanager
+def private_generators(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's global generators, and put them back as they were in the end."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def training_mode(model: Any, training: TrainingConfig) -> Iterator[None]:
+    """A model, with an adapter or without, as it is trained; in eval mode in the end."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    model.train()
+    if training.gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        yield
+    finally:
+        if training.gradient_checkpointing:
+            base.gradient_checkpointing_disable()
+            base.disable_input_require_grads()  # a hook on the embeddings, which transformers leaves behind
+        model.eval()
+
+
+def count_loss_tokens(rows: Sequence[TokenRow]) -> int:
+    """The completion tokens of an effective batch.
+
+    Raises:
+        SampleFailed: there is none.
+    """
+    n_loss_tokens = sum(int(row.loss_mask[1:].sum()) for row in rows)
+    if n_loss_tokens == 0:
+        raise SampleFailed(f"an effective batch of {len(rows)} rows has no completion token to learn from")
+    return n_loss_tokens
 
 
 class _Passes:
@@ -262,13 +282,14 @@ class _Passes:
         self._first_size = size
         self._device = next(model.parameters()).device
 
-    def backward(self, rows: Sequence[TokenRow], optimizer: torch.optim.Optimizer) -> float:
+    def backward(self, rows: Sequence[TokenRow], optimizer: torch.optim.Optimizer, seed: int) -> float:
         """Leave the gradients of one effective batch in the weights.
 
         Only the step in which memory runs out is repeated: nothing was written to the weights in it.
 
         Args:
             rows: of the whole effective batch; each worker of the group takes its own.
+            seed: of this worker's dropout in this step.
 
         Returns:
             The mean NLL per completion token of the effective batch.
@@ -276,11 +297,9 @@ class _Passes:
         Raises:
             SampleFailed: memory ran out twice, or `rows` have no completion token.
         """
-        n_loss_tokens = sum(int(row.loss_mask[1:].sum()) for row in rows)
-        if n_loss_tokens == 0:
-            raise SampleFailed(f"an effective batch of {len(rows)} rows has no completion token to learn from")
+        n_loss_tokens = count_loss_tokens(rows)
         own = rows[rank() :: n_ranks()]
-        while on_any_rank((loss := self._try(own, n_loss_tokens)) is None, self._device):
+        while on_any_rank((loss := self._try(own, n_loss_tokens, seed)) is None, self._device):
             optimizer.zero_grad(set_to_none=True)
             free_memory()
             longest = max(map(len, rows))
@@ -301,12 +320,13 @@ class _Passes:
             add_over_ranks([loss, *(p.grad for p in weights)])
         return float(loss)
 
-    def _try(self, rows: Sequence[TokenRow], n_loss_tokens: int) -> torch.Tensor | None:
+    def _try(self, rows: Sequence[TokenRow], n_loss_tokens: int, seed: int) -> torch.Tensor | None:
         """The loss of these rows, with their gradients left in the weights; None if memory ran out.
 
         The error is dropped here: its frames hold the tensors.
         """
         total = torch.zeros((), device=self._device)
+        torch.manual_seed(seed)
         try:
             for group in micro_batches([len(row) for row in rows], self.size):
                 batch = collate([rows[i] for i in group], self._pad_id, self._device)
@@ -321,7 +341,7 @@ class _Passes:
         return total
 
 
-def _is_due(halt: Halt, written: float, n_done: int, n_stop: int, n_steps: int) -> bool:
+def is_due(halt: Halt, written: float, n_done: int, n_stop: int, n_steps: int) -> bool:
     """Whether the state is to be written after a step: at a stop before the end, and every so often before it."""
     if n_done == n_stop:
         return n_stop < n_steps
@@ -347,14 +367,28 @@ def _take_up(state: TrainingState, weights: Mapping[str, torch.nn.Parameter], op
                 optimizer.state[p] = {"step": step, "exp_avg": mean, "exp_avg_sq": square}
 
 
-def _is_linear(module: torch.nn.Module) -> bool:
-    return isinstance(module, torch.nn.Linear)
+def check_finite(loss: float, norm: float, step: int, n_steps: int, rate: float) -> None:
+    """Refuse a step whose loss or gradient norm is not finite; `step` is from 0.
 
-
-def _check_finite(loss: float, norm: float, step: int, n_steps: int, rate: float) -> None:
+    Raises:
+        SampleFailed: one of them is not.
+    """
     for what, value in (("loss", loss), ("gradient norm", norm)):
         if not math.isfinite(value):
             raise SampleFailed(
                 f"the {what} is {value} at step {step + 1} of {n_steps} (learning rate {rate:g}); "
                 "try a smaller training.learning_rate"
             )
+
+
+def check_trained(started_at_zero: Sequence[torch.Tensor], training: TrainingConfig) -> None:
+    """LoRA's B starts at zero, and an adapter with B = 0 is the base: such a sample has learned nothing.
+
+    Raises:
+        SampleFailed: all of them are still zero.
+    """
+    if started_at_zero and not any(bool(p.any()) for p in started_at_zero):
+        raise SampleFailed(
+            "training left the adapter untouched: every LoRA B is still zero after the last step "
+            f"(training.learning_rate = {training.learning_rate:g})"
+        )

@@ -4,10 +4,20 @@ One process is a group too: then nothing is sent and nothing waits. Every proces
 the same order; whatever one of them alone knows (its memory ran out) is told to all before any of them acts on it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+
+from duet_ray.errors import ResourceError
+
+
+class OutOfStep(ResourceError):
+    """A process left the group alone, in the middle of an exchange: the others wait, and the group is to be ended."""
+
+
+_n_alone = 0
 
 
 def rank() -> int:
@@ -45,5 +55,24 @@ def on_any_rank(flag: bool, device: torch.device) -> bool:
     return bool(told.item() > 0)
 
 
+def first_says(word: str) -> str:
+    """What the first process of the group says, in all of them."""
+    words = [word]
+    if n_ranks() > 1:
+        dist.broadcast_object_list(words, src=0)
+    return words[0]
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """This process works by itself: nothing in the block is shared with the group."""
+    global _n_alone
+    _n_alone += 1
+    try:
+        yield
+    finally:
+        _n_alone -= 1
+
+
 def _is_group() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    return _n_alone == 0 and dist.is_available() and dist.is_initialized()

@@ -32,7 +32,8 @@ def config(tmp_path: Path) -> StudyConfig:
 
 
 def under_way(stage: str, done: int) -> InFlight:
-    return InFlight(task=Task(key="t0001-s0", kind="sample"), stage=stage, done=done, total=3)
+    spec = SampleSpec(trial=1, sample=0, kind="start", ratio=Ratio(counts=(24, 0, 0)))
+    return InFlight(task=Task(key="t0001-s0@0.5", kind="compare", spec=spec), stage=stage, done=done, total=3)
 
 
 def _console(monkeypatch: pytest.MonkeyPatch, *, terminal: bool) -> io.StringIO:

@@ -4,7 +4,18 @@ import time
 
 import pytest
 
-from duet_ray.execution.broker import MAX_BARREN_STARTS, SILENCE_SECONDS, START_SECONDS, Broker, Task
+from duet_ray.execution.broker import (
+    FIRST_LIMIT,
+    SHORTEST_LIMIT,
+    SILENCE_SECONDS,
+    START_SECONDS,
+    Broker,
+    Place,
+    Task,
+)
+from duet_ray.records import Ratio, SampleSpec
+
+PLACE = Place(node="here", pid=42, started=1.0)
 
 
 def _broker(*keys: str, max_retries: int = 1) -> Broker:
@@ -15,17 +26,22 @@ def _broker(*keys: str, max_retries: int = 1) -> Broker:
 
 def _lease(broker: Broker, group: int = 0, incarnation: str = "a") -> tuple[str, int]:
     broker.register(group, incarnation)
-    verdict, task, number = broker.lease(group, incarnation)
+    verdict, leased = broker.lease(group, incarnation)
     assert verdict == "task"
-    assert task is not None
+    [(task, number)] = leased
     return task.key, number
+
+
+def _later(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + seconds)
 
 
 def test_tasks_go_out_once_and_in_order() -> None:
     broker = _broker("x", "y")
     broker.submit([Task(key="x", kind="score", domain=0)])
     assert [_lease(broker, 0)[0], _lease(broker, 1)[0]] == ["x", "y"]
-    assert broker.lease(0, "a") == ("wait", None, 0)
+    assert broker.lease(0, "a") == ("wait", ())
     assert broker.outcomes(["x"]) is None
 
 
@@ -45,7 +61,7 @@ def test_a_group_that_comes_back_gets_its_task_again_and_its_orphan_is_refused()
     again, second = _lease(broker, 0, "second life")
     assert again == key == "x"
     assert not broker.complete(key, number, {"value": "from the orphan"})
-    assert broker.lease(0, "first life")[0] == "stop"
+    assert broker.lease(0, "first life")[0] == "lost"
     assert broker.complete(again, second, {"value": "mine"})
     outcomes = broker.outcomes(["x"])
     assert outcomes is not None
@@ -121,7 +137,7 @@ def test_a_silent_group_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "monotonic", lambda: now + SILENCE_SECONDS - 1)
     broker.sweep()
     assert broker.in_flight(), "not yet"
-    broker.beat(0)
+    assert broker.beat(0, "a") == "go on"
     monkeypatch.setattr(time, "monotonic", lambda: now + 2 * SILENCE_SECONDS - 2)
     broker.sweep()
     assert broker.in_flight(), "it was heard of"
@@ -143,10 +159,10 @@ def test_no_group_ever_starts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_group_that_dies_at_every_start_is_named() -> None:
-    broker = _broker("x", max_retries=100)
-    for life in range(MAX_BARREN_STARTS):
+    broker = _broker("x", "y", max_retries=1)
+    for life in range(4):
         _lease(broker, 3, f"life {life}")
-    assert broker.trouble() is None
+    assert broker.trouble() is None, "x, which killed it twice, has failed; y may be as bad"
     broker.register(3, "once more")
     assert "group 3 started 4 times and died each time before it finished anything" in (broker.trouble() or "")
 
@@ -178,3 +194,117 @@ def test_no_feedback_pauses_the_study_and_fails_no_sample() -> None:
     assert outcomes is not None
     assert outcomes[0].status == "stopped"
     assert (broker.trouble() or "").startswith("no feedback: the service is away. The models are kept")
+
+
+def spec(sample: int) -> SampleSpec:
+    return SampleSpec(trial=0, sample=sample, kind="start", ratio=Ratio(counts=(1, 1)))
+
+
+def _bundles(k: int, size: int) -> list[Task]:
+    specs = [spec(s) for s in range(k)]
+    cut = [tuple(specs[i : i + size]) for i in range(0, k, size)]
+    return [Task(key=s.key, kind="sample", spec=s, bundle=bundle) for bundle in cut for s in bundle]
+
+
+def test_samples_that_train_in_one_pass_go_to_one_group_and_end_one_by_one() -> None:
+    broker = Broker(max_retries=1)
+    broker.submit(_bundles(4, 2))
+    broker.register(0, "a")
+    broker.register(1, "b")
+    _, first = broker.lease(0, "a")
+    _, second = broker.lease(1, "b")
+    assert [[t.key for t, _ in leased] for leased in (first, second)] == [
+        ["t0000-s0", "t0000-s1"],
+        ["t0000-s2", "t0000-s3"],
+    ]
+    assert broker.complete(first[0][0].key, first[0][1], {})
+    broker.group_lost(0)
+    _, again = broker.lease(1, "b")
+    assert [t.key for t, _ in again] == ["t0000-s1"], "what is done is done"
+    assert again[0][0].bundle == (spec(0), spec(1))
+    broker.group_lost(1)
+    _, both = broker.lease(0, "a")
+    assert [t.key for t, _ in both] == ["t0000-s2", "t0000-s3"], "in their old order, together again"
+
+
+def test_a_task_that_takes_too_long_is_given_away_and_its_processes_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    broker = Broker(max_retries=1, max_seconds=100)
+    broker.submit([Task(key="x", kind="score", domain=0)])
+    broker.register(0, "a", 0, PLACE)
+    _, [(task, number)] = broker.lease(0, "a")
+    _later(monkeypatch, 50)
+    assert broker.beat(0, "a") == "go on"
+    assert broker.pulse(0, []).hung == ()
+    _later(monkeypatch, 51)
+    assert broker.beat(0, "a") == "go on", "it lives, which does not help"
+    assert broker.pulse(0, []).hung == (PLACE,)
+    assert broker.pulse(0, []).hung == (), "once"
+    assert broker.beat(0, "a") == "lost"
+    assert broker.lease(0, "a") == ("lost", ())
+    assert not broker.complete(task.key, number, {})
+    broker.register(0, "a new life", 0, PLACE)
+    _, [(_, number)] = broker.lease(0, "a new life")
+    _later(monkeypatch, 101)
+    broker.beat(0, "a new life")
+    broker.sweep()
+    [outcome] = broker.finished_since(0)
+    assert (outcome.status, outcome.reason) == (
+        "failed",
+        "it took longer than 1.67 minutes (fleet.max_task_minutes) after 1 retry",
+    )
+
+
+def test_without_a_limit_ten_times_the_longest_task_of_its_kind_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    broker = _broker("x", "y", "z")
+    _lease(broker)
+
+    def still_leased_after(seconds: float) -> bool:
+        _later(monkeypatch, seconds)
+        broker.beat(0, "a")
+        broker.sweep()
+        return bool(broker.in_flight())
+
+    assert still_leased_after(FIRST_LIMIT - 1)
+    lease = broker.in_flight()[0].task.key, 1
+    _later(monkeypatch, -(FIRST_LIMIT - 1) + 400)
+    assert broker.complete(*lease, {})
+    _lease(broker)
+    assert still_leased_after(10 * 400 - 1)
+    assert not still_leased_after(2)
+    assert SHORTEST_LIMIT < 4000
+
+
+def test_one_silent_process_makes_its_group_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    broker = _broker("x")
+    for rank in (0, 1):
+        broker.register(0, "a", rank, Place(node="here", pid=rank, started=1.0))
+    broker.lease(0, "a")
+    _later(monkeypatch, SILENCE_SECONDS + 1)
+    broker.beat(0, "a", 0)
+    assert {place.pid for place in broker.pulse(0, []).hung} == {0, 1}
+    assert not broker.in_flight()
+
+
+def test_the_other_processes_of_a_group_hear_what_to_do_in_order_and_a_new_life_starts_afresh() -> None:
+    broker = _broker("x")
+    broker.register(0, "a", 0)
+    broker.register(0, "a", 1)
+    assert broker.commanded(0, "a", 0) == ("wait", None)
+    broker.command(0, "a", "first")
+    broker.command(0, "a", "second")
+    assert [broker.commanded(0, "a", i) for i in range(3)] == [("do", "first"), ("do", "second"), ("wait", None)]
+    broker.register(0, "b", 1)
+    assert broker.commanded(0, "a", 2) == ("lost", None)
+    broker.command(0, "a", "from the old life")
+    assert broker.commanded(0, "b", 0) == ("wait", None)
+    broker.close()
+    assert broker.commanded(0, "b", 0)[0] == "stop"
+
+
+def test_a_task_whose_result_is_known_is_settled_once() -> None:
+    broker = Broker(max_retries=0)
+    task = Task(key="x", kind="sample", spec=spec(0))
+    broker.settle(task, {"value": 1})
+    broker.settle(task, {"value": 2})
+    broker.submit([task])
+    assert [(o.status, o.result) for o in broker.finished_since(0)] == [("done", {"value": 1})]

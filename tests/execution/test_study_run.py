@@ -30,7 +30,7 @@ from tests.toy_study import WORDS, toy_data, write_rows, write_study_file, write
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 SIDE = '''
-"""Side effects on demand: `hold-at` and `kill-at` hold the number of the call at which it blocks or kills itself."""
+"""Side effects on demand: the files hold the number of the call at which it blocks, kills itself or hangs for good."""
 
 import os, signal, time
 from pathlib import Path
@@ -44,6 +44,8 @@ def effect(model, tokenizer):
     n_calls = len((HERE / "calls.log").read_text().splitlines())
     if (HERE / "kill-at").exists() and n_calls == int((HERE / "kill-at").read_text()):
         os.kill(os.getpid(), signal.SIGKILL)
+    if (HERE / "hang-at").exists() and n_calls == int((HERE / "hang-at").read_text()):
+        time.sleep(3600)
     if (HERE / "hold-at").exists() and n_calls >= int((HERE / "hold-at").read_text()):
         (HERE / "holding").touch()
         while (HERE / "hold-at").exists():

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from duet_ray.config import load_config
-from duet_ray.errors import ConfigError, RatioError
+from duet_ray.errors import ConfigError, RatioError, SampleFailed
 from duet_ray.execution.artifacts import read_result, sample_folder
+from duet_ray.execution.broker import Task
 from duet_ray.execution.trial import scoring_tasks
 from duet_ray.execution.worker import Assignment, Worker, is_disk_full, mixture_of
 from duet_ray.preflight import preflight
@@ -247,3 +248,152 @@ def test_a_full_disk_is_recognised() -> None:
     assert is_disk_full(wrapped)
     assert is_disk_full(RuntimeError("I/O error: No space left on device (os error 28)"))
     assert not is_disk_full(OSError(errno.ENOENT, "No such file"))
+
+
+RACE: dict[str, Any] = {"sampling": {"k": 4, "racing": {"at": [0.4], "limit": 5}}, "training__epochs": 2}
+
+
+def comparison(spec: SampleSpec, until: float = 0.4) -> Task:
+    return Task(key=f"{spec.key}@{until:g}", kind="compare", spec=spec, until=until)
+
+
+def test_a_sample_that_was_compared_on_its_way_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    calm, _ = make_worker(tmp_path / "calm", training__epochs=2)
+    expected = calm.do_sample(SPEC, 1, silent)
+    worker, place = make_worker(tmp_path / "race", **RACE)
+    steps: list[int] = []
+    found = worker.do_comparison(comparison(SPEC), lambda stage, done=0, total=0: steps.append(done))
+    assert [s for s in steps if s] == [1, 2], "of 6"
+    assert found["value"] is not None
+    assert (place(SPEC) / "training").is_dir()
+    assert worker.do_comparison(comparison(SPEC), silent) == found, "done once"
+    steps.clear()
+    result = worker.do_sample(SPEC, 1, lambda stage, done=0, total=0: steps.append(done))
+    assert [s for s in steps if s] == [3, 4, 5, 6]
+    assert result.value == expected.value
+    assert result.train["compared"] == {"0.4": found["value"]}
+    assert result.train_seconds > found["train_seconds"]
+    assert not (place(SPEC) / "training").exists()
+    assert read_result(place(SPEC)) == result
+
+
+def test_a_comparison_measures_less(tmp_path: Path) -> None:
+    worker, _ = make_worker(tmp_path, **RACE)
+    quick = worker.do_comparison(comparison(SPEC, 0.99), silent)
+    full = worker.do_sample(SPEC, 1, silent)
+    assert quick["value"] != full.value
+    assert worker._quick_feedback is not worker._feedback
+
+
+def test_a_sample_that_fails_on_its_way_is_out_of_the_race_with_its_reason(tmp_path: Path) -> None:
+    worker, place = make_worker(tmp_path, **RACE, training__learning_rate=1e30)
+    found = worker.do_comparison(comparison(SPEC, 0.8), silent)
+    assert found["value"] is None
+    assert "learning rate" in found["reason"]
+    assert not (place(SPEC) / "result.json").exists(), "the trial says how it ended"
+
+
+def test_a_training_that_died_goes_on_where_it_was_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calm, _ = make_worker(tmp_path / "calm", training__dropout=0.1)
+    expected = calm.do_sample(SPEC, 1, silent)
+    worker, place = make_worker(tmp_path / "died", training__dropout=0.1, training__checkpoint_minutes=1e-9)
+
+    class Killed(BaseException):
+        pass
+
+    def die(stage: str, done: int = 0, total: int = 0) -> None:
+        if done == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        worker.do_sample(SPEC, 1, die)
+    assert (place(SPEC) / "training").is_dir()
+    other, _ = make_worker(tmp_path / "died", training__dropout=0.1, training__checkpoint_minutes=1e-9)
+    steps: list[int] = []
+    result = other.do_sample(SPEC, 2, lambda stage, done=0, total=0: steps.append(done))
+    assert [s for s in steps if s] == [3], "two of three steps were written down"
+    assert result.value == expected.value
+    assert not (place(SPEC) / "training").exists()
+
+
+BUNDLE = tuple(replace(SPEC, sample=s) for s in range(3))
+
+
+def test_samples_that_train_in_one_pass_end_as_those_that_train_alone(tmp_path: Path) -> None:
+    alone, _ = make_worker(tmp_path / "alone")
+    expected = [alone.do_sample(spec, 1, silent) for spec in BUNDLE]
+    worker, place = make_worker(tmp_path / "together", sampling__k=3, training__fuse=3)
+    found = [worker.do_sample(spec, 1, silent, bundle=BUNDLE) for spec in BUNDLE]
+    assert [f.rows_digest for f in found] == [e.rows_digest for e in expected]
+    np.testing.assert_allclose([f.value for f in found], [e.value for e in expected], rtol=1e-4)
+    assert [f.train["n_fused"] for f in found] == [3, 3, 3]
+    assert {p.name for p in place(SPEC).iterdir()} == {"adapter", "trained.json", "result.json"}
+    assert not list(place(SPEC).parent.glob("together*"))
+
+
+def test_a_part_of_a_bundle_that_is_done_again_is_bit_for_bit_the_same(tmp_path: Path) -> None:
+    worker, place = make_worker(tmp_path, sampling__k=3, training__fuse=3)
+    first = [worker.do_sample(spec, 1, silent, bundle=BUNDLE) for spec in BUNDLE]
+    for name in ("result.json", "trained.json"):
+        (place(SPEC) / name).unlink()
+    before = (place(BUNDLE[0]) / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
+    again = worker.do_sample(SPEC, 2, silent, bundle=BUNDLE)
+    assert again.value == first[1].value
+    assert (place(BUNDLE[0]) / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == before
+
+
+def test_one_bad_sample_of_a_bundle_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from duet_ray.training import fused_lora
+
+    worker, _ = make_worker(tmp_path, sampling__k=3, training__fuse=3)
+    train_fused = fused_lora.train_fused
+
+    def spoilt(*arguments: Any, **settings: Any) -> list[Any]:
+        ended = train_fused(*arguments, **settings)
+        return [ended[0], SampleFailed("the loss is nan at step 2"), ended[2]]
+
+    monkeypatch.setattr(fused_lora, "train_fused", spoilt)
+    found = [worker.do_sample(spec, 1, silent, bundle=BUNDLE) for spec in BUNDLE]
+    assert [f.ok for f in found] == [True, False, True]
+    assert found[1].reason == "the loss is nan at step 2"
+
+
+def test_a_bundle_that_does_not_fit_trains_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from duet_ray.training import fused_lora
+
+    calls: list[int] = []
+
+    def too_large(*_: Any, **__: Any) -> list[Any]:
+        calls.append(1)
+        raise SampleFailed("out of memory")
+
+    monkeypatch.setattr(fused_lora, "train_fused", too_large)
+    alone, _ = make_worker(tmp_path / "alone")
+    worker, _ = make_worker(tmp_path / "together", sampling__k=3, training__fuse=3)
+    for spec in BUNDLE:
+        assert worker.do_sample(spec, 1, silent, bundle=BUNDLE).value == alone.do_sample(spec, 1, silent).value
+    assert calls == [1], "it is not tried again"
+
+
+def test_the_others_of_a_group_train_the_same_sample(tmp_path: Path) -> None:
+    """What the first process says is all that another needs to train along with it."""
+    said: list[Any] = []
+    worker, _ = make_worker(tmp_path / "first")
+    worker._on_follow = said.append
+    other, _ = make_worker(tmp_path / "other")
+    first, second = [], []
+    train = worker._trainer.train
+
+    def noted(rows: Any, **settings: Any) -> Any:
+        first.append((rows, settings["seed"]))
+        return train(rows, **settings)
+
+    worker._trainer.train = noted
+    worker.do_sample(SPEC, 1, silent)
+    other._trainer.train = lambda rows, **settings: second.append((rows, settings["seed"]))
+    other.follow(said[0])
+    assert first[0][1] == second[0][1]
+    for a, b in zip(first[0][0], second[0][0], strict=True):
+        np.testing.assert_array_equal(a.input_ids, b.input_ids)

@@ -50,7 +50,7 @@ def run(home: Path, out: Path, **rest: Any) -> export.ExportResult:
 
 def test_an_export_has_everything(home: Path, tmp_path: Path) -> None:
     result = run(home, tmp_path / "a" / "out")
-    assert sorted(p.name for p in result.folder.iterdir()) == sorted(ENTRIES)
+    assert sorted(p.name for p in result.folder.iterdir()) == sorted(set(ENTRIES) - {"model"})
     assert (result.adapter / "adapter_model.safetensors").read_bytes() == b"weights"
     facts = json.loads(result.ratio.read_text())
     assert facts["trial"] == "t0002"
@@ -154,6 +154,23 @@ def test_a_failed_export_leaves_nothing_behind(home: Path, tmp_path: Path) -> No
 def test_rows_of_another_sample_are_refused(home: Path, tmp_path: Path) -> None:
     with pytest.raises(DuetError, match=r"t0002-s0 was trained on \(13, 13, 94\) rows per domain, .* \(40, 40, 40\)"):
         run(home, tmp_path / "out", rows=mixture((40, 40, 40)))
+
+
+def test_a_whole_model_is_exported_as_one(home: Path, tmp_path: Path) -> None:
+    """And takes the place of an adapter that was exported before."""
+    run(home, tmp_path / "out")
+    model = home / "artifacts/t0002/0/model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    with pytest.raises(DuetError, match=r"model\.safetensors missing"):
+        run(home, tmp_path / "none", adapter=model)
+    (model / "model.safetensors").write_bytes(b"all weights")
+    result = run(home, tmp_path / "out", adapter=model, overwrite=True)
+    assert sorted(p.name for p in result.folder.iterdir()) == sorted(set(ENTRIES) - {"adapter"})
+    assert (result.adapter / "model.safetensors").read_bytes() == b"all weights"
+    text = result.readme.read_text()
+    assert 'AutoModelForCausalLM.from_pretrained("model", dtype="auto")' in text
+    assert "adapter" not in text.lower()
 
 
 def test_an_adapter_that_is_gone(home: Path, tmp_path: Path) -> None:
