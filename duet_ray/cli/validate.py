@@ -13,11 +13,14 @@ def command(study: StudyFile, set_: Overrides = None, as_json: AsJson = False) -
     opened = open_study(study, set_)
     ready = opened.validate(LogWatcher())
     resources = _resource_problems(ready.config)
+    estimate = _time_estimate(ready)
     if as_json:
-        print_json(_to_json(ready, resources))
+        print_json(_to_json(ready, resources, estimate))
         return
     out.print(_domain_table(ready))
     say(f"model: {ready.memory.describe()}")
+    if ready.config.training.fuse not in ("auto", 1):
+        say(f"fuse: {ready.config.training.fuse} samples of a trial are trained in one pass")
     for note in (*ready.notes, *resources):
         say(f"note: {note}")
     config = ready.config
@@ -27,6 +30,7 @@ def command(study: StudyFile, set_: Overrides = None, as_json: AsJson = False) -
         f"{config.sampling.k} make {n_samples} trainings of {config.mixture.n_rows} rows, "
         f"{config.fleet.groups} at a time"
     )
+    say(f"time: {estimate.describe()}" if estimate else "time: not known, since what it will run on is not here")
     say(f"{config.name} is ready: duet run {study}")
 
 
@@ -44,6 +48,15 @@ def _resource_problems(config: Any) -> list[str]:
     except ResourceError as error:
         return [f"this machine is not enough: {line}" for line in str(error).splitlines()]
     return []
+
+
+def _time_estimate(ready: Any) -> Any:
+    """How long the trainings take on a device like the one here, in rows of the mean length of the domains."""
+    from duet_ray.training.estimate import estimate_time
+
+    reports = [domain.report for domain in ready.domains]
+    means = [report.n_tokens / max(1, report.n_train + report.n_validation) for report in reports]
+    return estimate_time(ready.config, sum(means) / len(means))
 
 
 def _domain_table(ready: Any) -> Table:
@@ -67,11 +80,13 @@ def _domain_table(ready: Any) -> Table:
     return table
 
 
-def _to_json(ready: Any, resources: list[str]) -> dict[str, Any]:
+def _to_json(ready: Any, resources: list[str], estimate: Any) -> dict[str, Any]:
     return {
         "ok": True,
         "name": ready.config.name,
         "domains": [{"name": d.name, **d.report.to_json()} for d in ready.domains],
         "memory_gib": ready.memory.total_gib,
+        "host_memory_gib": ready.memory.host_gib,
+        "training_hours": estimate.seconds / 3600 if estimate else None,
         "notes": [*ready.notes, *resources],
     }

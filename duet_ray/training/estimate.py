@@ -11,7 +11,7 @@ Importing this module loads neither torch nor transformers, since every command 
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -40,9 +40,9 @@ PROCESS_GIB = {"cpu": 0.6, "cuda": 1.5}
 
 _BUCKET, _GATHERED = 500_000_000, 1_000_000_000
 """DeepSpeed's defaults, in numbers: the buffer that gradients are exchanged through, and, in stage 3, the weights that
-are put together at a time. On a CPU a buffer takes the memory of what is in it, which the measured parts include."""
+are put together at a time."""
 
-_SECONDS_PER_PACE = 0.6
+_SECONDS_PER_PACE = 0.4
 
 _MOST_ON_CPU = 400_000_000
 """Weights in the layers that a CPU may time in a second or two."""
@@ -89,23 +89,23 @@ class MemoryEstimate:
         return self.device_gib + (self.host_gib if self.device == "cpu" else 0)
 
     def describe(self) -> str:
-        trained = "adapter" if self.method == "lora" else "gradients"
-        trained += f"{'s'[: self.fuse > 1 and self.method == 'lora']} with optimizer"
-        together = f" of each of {self.fuse} samples in one pass" if self.fuse > 1 else ""
+        trained = "gradients" if self.method == "full" else "adapters" if self.fuse > 1 else "adapter"
         parts = [
             f"weights {self.weights_gib:.1f}",
-            f"{trained} {self.states_gib:.1f}",
+            f"{trained} with optimizer {self.states_gib:.1f}",
             f"activations {self.activations_gib:.1f} and logits {self.logits_gib:.1f} at micro-batch "
-            f"{self.micro_batch_size}{together}",
+            f"{self.micro_batch_size}" + (f" of {self.fuse} samples in one pass" if self.fuse > 1 else ""),
         ]
         if self.step_gib > self.activations_gib + self.logits_gib:
-            parts.append(f"but the optimizer's step {self.step_gib:.1f}")
+            parts[-1] = f"the optimizer's step {self.step_gib:.1f}"
         if self.feedback_gib > self._training_gib:
             parts = [f"weights and feedback {self.feedback_gib:.1f} (training takes {self._training_gib:.1f})"]
-        host = f"process {self.host_gib:.1f}" if self.device == "cpu" else ""
-        beside = f", and {self.host_gib:.1f} GiB of host memory" if self.device == "cuda" else ""
+        process = "process and a copy of the base" if self.method == "full" else "process"
+        host = f", {process} {self.host_gib:.1f}"
+        if self.device == "cuda":
+            host = f", and {self.host_gib:.1f} GiB of host memory"
         return (
-            f"about {self.total_gib:.1f} GiB per worker: {', '.join([*parts, *([host] if host else [])])}{beside} "
+            f"about {self.total_gib:.1f} GiB per worker: {', '.join(parts)}{host} "
             f"({self.n_parameters / 1e6:,.0f} M parameters, {self.n_trained / 1e6:,.1f} M trained)"
         )
 
@@ -152,9 +152,17 @@ def memory_problem(config: StudyConfig, estimate: MemoryEstimate) -> str | None:
         return None
     model = config.model
     shapes = _shapes(config.model_path, model.revision, model.trust_remote_code)
-    for remedy, changed in _remedies(config, estimate):
-        if _lacking(changed, _estimate(changed, shapes), gpu_gib) is None:
-            return f"{lacking}; {remedy}"
+    done, texts = config, list[str]()
+    remedies = _remedies(config, estimate)
+    for together in (False, True):
+        for options in remedies:
+            for text, change in options:
+                changed = change(done)
+                if _lacking(changed, _estimate(changed, shapes), gpu_gib) is None:
+                    return f"{lacking}; {', '.join([*texts, text])}"
+            if together and options:
+                done = changed
+                texts.append(text)
     return f"{lacking}; take a smaller model, or a larger machine"
 
 
@@ -176,7 +184,7 @@ class TimeEstimate:
 
     def describe(self) -> str:
         return (
-            f"time: about {_duration(self.seconds)} for {self.n_samples} trainings, {self.n_at_once} at a time, of "
+            f"about {_duration(self.seconds)} for {self.n_samples} trainings, {self.n_at_once} at a time, of "
             f"{_duration(self.seconds_per_sample)} each ({self.tokens_per_second:,.0f} tokens/s and "
             f"{self.flops_per_second / 1e9:,.0f} GFLOP/s a group, measured just now on the model's first layers); "
             "feedback comes on top"
@@ -184,14 +192,14 @@ class TimeEstimate:
 
 
 def estimate_time(config: StudyConfig, n_tokens: float) -> TimeEstimate | None:
-    """Measure real passes through one and two layers of the model, with random weights, and count up from there.
+    """Measure real passes through one and two layers of the model, of made-up weights, and count up from there.
 
     Args:
         n_tokens: in a row, on average.
 
     Returns:
-        None where it would not be honest: the GPUs are elsewhere, the first layers alone would take a CPU longer than
-        a few seconds, or the model has no layers that can be left out.
+        None where it cannot be known in a few seconds: the GPUs are elsewhere, or a CPU has the layers of a large model
+        to pass through.
 
     Raises:
         ConfigError: as `estimate_memory` does.
@@ -203,12 +211,17 @@ def estimate_time(config: StudyConfig, n_tokens: float) -> TimeEstimate | None:
     shapes = _shapes(config.model_path, config.model.revision, config.model.trust_remote_code)
     n_matrix = sum(n_in * n_out for _, n_in, n_out in shapes.linears) + shapes.hidden * shapes.vocabulary
     n_first = shapes.hidden * shapes.vocabulary * 2 + 2 * n_matrix // shapes.n_layers
-    if is_gpu != torch.cuda.is_available() or (not is_gpu and n_first > _MOST_ON_CPU) or shapes.n_layers < 3:
+    if (is_gpu and not torch.cuda.is_available()) or (not is_gpu and n_first > _MOST_ON_CPU):
         return None
     width = max(2, round(min(n_tokens, training.max_tokens)))
-    n_rows = min(training.micro_batch_size or resolved_micro_batch(training.batch_size), max(1, 4096 // width))
-    one, two = (_pass_seconds(config, n, n_rows, width, "cuda" if is_gpu else "cpu") for n in (1, 2))
-    seconds = one + (shapes.n_layers - 1) * max(two - one, 0.1 * one)
+    fuse = training.fuse if training.fuse != "auto" else 1
+    micro = fuse * (training.micro_batch_size or resolved_micro_batch(training.batch_size))
+    n_rows, device = min(micro, max(1, 4096 // width)), "cuda" if is_gpu else "cpu"
+    if shapes.n_layers > 2:
+        one, two = (_pass_seconds(config, n, n_rows, width, device) for n in (1, 2))
+        seconds = one + (shapes.n_layers - 1) * max(two - one, 0.1 * one)
+    else:
+        seconds = _pass_seconds(config, shapes.n_layers, n_rows, width, device)
     n_per_sample = config.mixture.n_rows * training.epochs * width
     per_second = fleet.workers_per_group * n_rows * width / seconds
     trials, confirm = config.n_planned_trials, config.confirm
@@ -219,7 +232,7 @@ def estimate_time(config: StudyConfig, n_tokens: float) -> TimeEstimate | None:
         seconds_per_sample=n_per_sample / per_second,
         tokens_per_second=per_second,
         flops_per_second=flops * n_matrix * per_second,
-        n_at_once=min(fleet.groups, config.sampling.k * config.search.concurrent_trials),
+        n_at_once=min(fleet.groups, math.ceil(config.sampling.k * config.search.concurrent_trials / fuse)),
     )
 
 
@@ -343,9 +356,10 @@ def _zero_bytes(config: StudyConfig, n_parameters: int, width: int) -> _Zero:
     gradients = n_parameters * 4 / (n_workers if zero.stage >= 2 else 1)
     optimizer, step = n_parameters * 12 / n_workers, n_parameters * 8 / n_workers
     copy = n_parameters * width
-    if config.fleet.gpus_per_worker > 0:
-        gradients += _BUCKET * (4 if zero.stage == 1 else width)
-        weights += min(_GATHERED, n_parameters) * width if zero.stage == 3 and n_workers > 1 else 0
+    # A GPU gives a buffer all its memory at once; a CPU only what is written to.
+    bucket = _BUCKET if config.fleet.gpus_per_worker > 0 else min(_BUCKET, n_parameters)
+    gradients += bucket * (4 if zero.stage == 1 else width)
+    weights += min(_GATHERED, n_parameters) * width if zero.stage == 3 else 0
     if zero.offload_optimizer:
         return _Zero(weights=weights, states=gradients, step=0.0, host=copy + optimizer + step)
     return _Zero(weights=weights, states=gradients + optimizer, step=step, host=copy)
@@ -393,35 +407,41 @@ def _lacking(config: StudyConfig, estimate: MemoryEstimate, gpu_gib: float | Non
     return f"memory: {need:.1f} GiB may be needed by {n_workers} workers and this machine has {host_gib:.1f}"
 
 
-def _remedies(config: StudyConfig, estimate: MemoryEstimate) -> Iterator[tuple[str, StudyConfig]]:
-    """Settings to change, those first that cost least; each with all before it that did not suffice."""
-    training, fleet = config.training, config.fleet
-    for fuse in range(estimate.fuse - 1, 0, -1):
-        config = _with_training(config, fuse=fuse)
-        yield f"lower training.fuse (now {estimate.fuse}) to {fuse}", config
-    micro = estimate.micro_batch_size
-    for size in (n for n in range(micro - 1, 0, -1) if training.batch_size % n == 0):
-        config = _with_training(config, micro_batch_size=size)
-        yield f"lower training.micro_batch_size (now {micro}) to {size}", config
-    for groups in range(fleet.groups - 1, 0, -1):
-        config = config.model_copy(update={"fleet": fleet.model_copy(update={"groups": groups})})
-        yield f"lower fleet.groups (now {fleet.groups}) to {groups}", config
-    if training.method == "full":
-        for stage in range(training.zero.stage + 1, 4 if fleet.workers_per_group > 1 else 0):
-            config = _with_training(config, zero=training.zero.model_copy(update={"stage": stage}))
-            yield f"set training.zero.stage: {stage}", config
-        if fleet.gpus_per_worker > 0 and not training.zero.offload_optimizer:
-            config = _with_training(config, zero=config.training.zero.model_copy(update={"offload_optimizer": True}))
-            yield "set training.zero.offload_optimizer: true", config
-    if not training.gradient_checkpointing:
-        config = _with_training(config, gradient_checkpointing=True)
-        yield "set training.gradient_checkpointing: true", config
-    if config.model.dtype == "float32":
-        config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
-        yield "set model.dtype: bfloat16", config
-    if training.method == "full":
-        config = _with_training(config, method="lora")
-        yield "set training.method: lora", config
+Change = Callable[[StudyConfig], StudyConfig]
+
+
+def _remedies(config: StudyConfig, estimate: MemoryEstimate) -> list[list[tuple[str, Change]]]:
+    """For each setting to change, those first that cost least, its values in the same order: (text, change)."""
+    training, fleet, is_full = config.training, config.fleet, config.training.method == "full"
+
+    def trained(**changes: Any) -> Change:
+        return lambda config: _with_training(config, **changes)
+
+    def in_zero(**changes: Any) -> Change:
+        return lambda config: _with_training(config, zero=config.training.zero.model_copy(update=changes))
+
+    def in_groups(n: int) -> Change:
+        return lambda config: config.model_copy(update={"fleet": config.fleet.model_copy(update={"groups": n})})
+
+    def halved(config: StudyConfig) -> StudyConfig:
+        return config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
+
+    fuse, micro, groups = estimate.fuse, estimate.micro_batch_size, fleet.groups
+    sizes = [n for n in range(micro - 1, 0, -1) if training.batch_size % n == 0]
+    stages = range(training.zero.stage + 1, 4) if is_full and fleet.workers_per_group > 1 else ()
+    offloads = is_full and fleet.gpus_per_worker > 0 and not training.zero.offload_optimizer
+    return [
+        [(f"lower training.fuse (now {fuse}) to {n}", trained(fuse=n)) for n in range(fuse - 1, 0, -1)],
+        [(f"lower training.micro_batch_size (now {micro}) to {n}", trained(micro_batch_size=n)) for n in sizes],
+        [(f"lower fleet.groups (now {groups}) to {n}", in_groups(n)) for n in range(groups - 1, 0, -1)],
+        [(f"set training.zero.stage: {n}", in_zero(stage=n)) for n in stages],
+        [("set training.zero.offload_optimizer: true", in_zero(offload_optimizer=True))] if offloads else [],
+        [("set training.gradient_checkpointing: true", trained(gradient_checkpointing=True))]
+        if not training.gradient_checkpointing
+        else [],
+        [("set model.dtype: bfloat16", halved)] if config.model.dtype == "float32" else [],
+        [("set training.method: lora", trained(method="lora"))] if is_full else [],
+    ]
 
 
 def _with_training(config: StudyConfig, **changes: Any) -> StudyConfig:
@@ -484,6 +504,7 @@ def _duration(seconds: float) -> str:
 @lru_cache(maxsize=8)
 def _shapes(path: str, revision: str | None, trust_remote_code: bool) -> _Shapes:
     import torch
+    from transformers.pytorch_utils import Conv1D
 
     about = _about(path, revision, trust_remote_code)
     try:
@@ -492,21 +513,22 @@ def _shapes(path: str, revision: str | None, trust_remote_code: bool) -> _Shapes
     except (OSError, ValueError, KeyError) as error:
         raise _unreadable(path, error) from None
     text, head = about.get_text_config(), model.get_output_embeddings()
-    linears = tuple(
-        (name, module.in_features, module.out_features)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
-    )
+    linears = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and module is not head:
+            linears.append((name, module.in_features, module.out_features))
+        elif isinstance(module, Conv1D):  # the linear layer of GPT-2
+            linears.append((name, *module.weight.shape))
     hidden, n_heads = text.hidden_size, text.num_attention_heads
     experts = getattr(text, "num_experts_per_tok", None) or 1
     return _Shapes(
         n_parameters=sum(p.numel() for p in model.parameters()),
         n_layers=text.num_hidden_layers,
         hidden=hidden,
-        wide=experts * (getattr(text, "intermediate_size", None) or max(n_out for _, _, n_out in linears)),
+        wide=experts * (getattr(text, "intermediate_size", None) or 4 * hidden),
         heads=n_heads * (getattr(text, "head_dim", None) or hidden // n_heads),
         vocabulary=text.vocab_size,
-        linears=linears,
+        linears=tuple(linears),
     )
 
 

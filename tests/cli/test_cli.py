@@ -45,6 +45,8 @@ def test_validate_shows_what_there_is(tmp_path: Path) -> None:
     assert code == 0, said
     data = json.loads(output)
     assert [d["n_bad"] for d in data["domains"]] == [3, 0, 0]
+    assert 0 < data["training_hours"] < 1
+    assert 0.3 < data["memory_gib"] < 2
     assert [row["line"] for row in data["domains"][0]["bad"]] == [61, 62, 63]
     assert any(
         "apples: 3 bad rows left out, the first: " in note and "apples.jsonl:61" in note for note in data["notes"]
