@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -147,15 +147,23 @@ def _train(
                 run.stepped(measured[0][run.index])
             if on_step is not None:
                 on_step(longest.n_done, len(longest.batches))
-    for run in runs:
-        if isinstance(run.outcome, TrainReport) and rank() == 0:
-            with _adapter(base, run.training) as adapted, torch.no_grad():
+    if rank() == 0:
+        _write(base, adapters, [run for run in runs if isinstance(run.outcome, TrainReport)])
+    return [run.outcome for run in runs if run.outcome is not None]
+
+
+def _write(base: Any, adapters: "_Adapters", runs: Sequence["_Run"]) -> None:
+    """Write trained adapters through PEFT's own, one after the other in the same one."""
+    by_rank = sorted(runs, key=lambda run: run.training.rank)
+    for _, alike in groupby(by_rank, key=lambda run: run.training.rank):
+        of_rank = list(alike)
+        with _adapter(base, of_rank[0].training) as adapted, torch.no_grad():
+            for run in of_rank:
                 own = adapters.of(run.index, adapters.weights)
                 for name, p in _trained(adapted).items():
                     p.copy_(own[name])
                 with new_folder(run.sample.folder) as folder:
                     write_adapter(adapted, folder)
-    return [run.outcome for run in runs if run.outcome is not None]
 
 
 class _Run:
