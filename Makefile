@@ -10,6 +10,7 @@ QUIET = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=
 
 .PHONY: demo test lint types unit clean
 
+comma := ,
 # $(call environment,folder,extras): torch first, so that nothing else chooses a build of it.
 define environment
 $(1)/.ready: constraints.txt pyproject.toml
@@ -20,7 +21,7 @@ $(1)/.ready: constraints.txt pyproject.toml
 	touch $$@
 endef
 $(eval $(call environment,.venv-demo,demo))
-$(eval $(call environment,.venv-test,test))
+$(eval $(call environment,.venv-test,full$(comma)test))
 
 demo: .venv-demo/.ready
 	$(QUIET) .venv-demo/bin/python jobs/quickstart/prepare.py --out $(DEMO)

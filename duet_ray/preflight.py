@@ -29,7 +29,7 @@ from duet_ray.selection import (
     weights_key,
 )
 from duet_ray.selection.examples import read_examples
-from duet_ray.training import load_tokenizer
+from duet_ray.training import check_installed, load_tokenizer
 from duet_ray.training.estimate import (
     GIB,
     MemoryEstimate,
@@ -83,6 +83,7 @@ def preflight(
     Raises:
         DuetError: the first kind of trouble, with all of that kind: the model, the task, the data, the ratio's bounds.
     """
+    check_installed(config.training)
     on_stage("reading the model's configuration")
     tokenizer = load_tokenizer(config)
     config, resolved_notes = resolved(config, known)

@@ -130,7 +130,7 @@ class Study:
         assert sample is not None
         adapter = self.folder / (sample.adapter or "")
         if sample.adapter is None or not adapter.is_dir():
-            raise DuetError(f"the adapter of {spec.key} is not at {adapter}; it was moved or deleted")
+            raise DuetError(f"the model of {spec.key} is not at {adapter}; it was moved or deleted")
         ready = preflight(self.config)
         store = Store(self.folder)
         record = store.study()

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "duet_ray"
 
 FLOORS: list[set[str]] = [
     {"errors", "files"},
-    {"records", "seeds", "study_file"},
+    {"records", "seeds", "study_file", "theory"},
     {"config"},
     {"domains", "likelihood", "mixture", "reduce", "store"},
     {"training", "feedback"},

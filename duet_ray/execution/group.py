@@ -187,7 +187,7 @@ def _do(worker: Worker, seat: Seat, task: Task, lease: int) -> None:
             text = str(error) if isinstance(error, DuetError) else f"{type(error).__name__}: {error}"
             where = "" if isinstance(error, DuetError) else f" ({Path(place.filename).name} line {place.lineno})"
             ray.get(broker.retry.remote(task.key, lease, text + where))
-        if worker.others_wait:
+        if seat.n_ranks > 1 and worker.others_wait:
             raise  # They wait for this process in the middle of a step: all start anew.
     else:
         ray.get(broker.complete.remote(task.key, lease, result))

@@ -176,6 +176,8 @@ class Worker:
                 self._trainer.reset()
         result = leave_result(folder, result)
         shutil.rmtree(folder / TRAINING, ignore_errors=True)
+        for stale in folder.glob("trained-*.json"):
+            stale.unlink()
         return result
 
     def do_comparison(self, task: Task, progress: Progress) -> dict[str, Any]:

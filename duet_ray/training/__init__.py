@@ -1,6 +1,7 @@
 """One mixture → one model: the base model, and the trainers by name. torch is loaded on use."""
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from duet_ray.config import StudyConfig, TrainingConfig
@@ -9,8 +10,20 @@ from duet_ray.training.base import Checkpoint, Halt, Trainer, TrainReport
 
 TRAINERS: dict[str, str] = {
     "lora": "duet_ray.training.lora:LoraTrainer",
+    "full": "duet_ray.training.full:FullTrainer",
 }
 """`training.method` → `"module:Class"`."""
+
+
+def check_installed(training: TrainingConfig) -> None:
+    """Say before the start, and not in every worker, that a package is missing.
+
+    Raises:
+        ConfigError: names the package and how to install it.
+    """
+    if training.method == "full" and find_spec("deepspeed") is None:
+        message = 'full needs DeepSpeed, which is not installed: pip install "duet-ray[full]"'
+        raise ConfigError([Problem(path="training.method", message=message)])
 
 
 def make_trainer(training: TrainingConfig, model: Any, tokenizer: Any) -> Trainer:
@@ -41,4 +54,14 @@ def load_tokenizer(config: StudyConfig) -> Any:
     return base_model.load_tokenizer(config)
 
 
-__all__ = ["TRAINERS", "Checkpoint", "Halt", "TrainReport", "Trainer", "load_base", "load_tokenizer", "make_trainer"]
+__all__ = [
+    "TRAINERS",
+    "Checkpoint",
+    "Halt",
+    "TrainReport",
+    "Trainer",
+    "check_installed",
+    "load_base",
+    "load_tokenizer",
+    "make_trainer",
+]

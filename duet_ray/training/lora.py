@@ -41,7 +41,7 @@ from duet_ray.training.batches import (
 )
 from duet_ray.training.halted import Progress, TrainingState, read_state, write_state
 from duet_ray.training.memory import free_memory, is_out_of_memory
-from duet_ray.training.ranks import add_over_ranks, n_ranks, on_any_rank, rank
+from duet_ray.training.ranks import OutOfStep, add_over_ranks, n_ranks, on_all_ranks_the_same, on_any_rank, rank
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 """PEFT's layout: what `save` writes and `load` needs."""
@@ -83,9 +83,11 @@ class LoraTrainer:
                 return self._train(rows, seed, on_step, on_epoch, halt)
         except (RuntimeError, MemoryError) as error:
             self.reset()
-            if is_out_of_memory(error):
-                raise SampleFailed(f"out of memory for the adapter (training.rank = {self._training.rank})") from error
-            raise
+            if not is_out_of_memory(error):
+                raise
+            reason = f"out of memory for the adapter (training.rank = {self._training.rank})"
+            # Outside the passes the workers do not meet: the others wait for one that has failed alone.
+            raise (SampleFailed if n_ranks() == 1 else OutOfStep)(reason) from error
         except BaseException:
             self.reset()
             raise
@@ -135,6 +137,8 @@ class LoraTrainer:
         weights = {name: p for name, p in passes.model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(weights.values(), lr=0.0, weight_decay=self._training.weight_decay)
         state = read_state(halt.folder) if halt else None
+        if not on_all_ranks_the_same(state.progress.n_done if state else 0, self._device):
+            raise OutOfStep(f"the workers of the group do not find the same state in {halt and halt.folder}")
         progress = state.progress if state else None
         if state is not None:
             _take_up(state, weights, optimizer)

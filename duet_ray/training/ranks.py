@@ -55,6 +55,15 @@ def on_any_rank(flag: bool, device: torch.device) -> bool:
     return bool(told.item() > 0)
 
 
+def on_all_ranks_the_same(number: int, device: torch.device) -> bool:
+    """Whether all processes of the group have one and the same number."""
+    if n_ranks() == 1:
+        return True
+    told = torch.tensor([float(number), -float(number)], device=device)
+    dist.all_reduce(told, op=dist.ReduceOp.MAX)
+    return bool(told[0] == -told[1])
+
+
 def first_says(word: str) -> str:
     """What the first process of the group says, in all of them."""
     words = [word]

@@ -7,16 +7,21 @@ import torch
 from duet_ray.config import TrainingConfig
 from duet_ray.errors import ConfigError, SampleFailed
 from duet_ray.records import TokenRow
-from duet_ray.training import TRAINERS, Trainer, make_trainer
+from duet_ray.training import TRAINERS, Halt, Trainer, check_installed, make_trainer
 from tests.selection.toy_domain import toy_domain
 from tests.tiny_model import tiny_llama, tiny_tokenizer
 
-METHODS = [TrainingConfig(method="lora", rank=4, learning_rate=1e-2, epochs=2, batch_size=8, max_tokens=16)]
+METHODS = [
+    TrainingConfig(method="lora", rank=4, learning_rate=1e-2, epochs=2, batch_size=8, max_tokens=16),
+    TrainingConfig(method="full", learning_rate=1e-3, epochs=2, batch_size=8, max_tokens=16),
+]
 IDS = torch.arange(4, 20)[None]
 
 
 @pytest.fixture(params=METHODS, ids=lambda s: s.method)
 def trainer(request) -> Trainer:
+    if request.param.method == "full":
+        pytest.importorskip("deepspeed")
     return make_trainer(request.param, tiny_llama(), tiny_tokenizer())
 
 
@@ -99,7 +104,23 @@ def test_an_interrupted_sample_leaves_the_untouched_base(trainer):
     assert not trainer.model.training
 
 
+def test_a_sample_that_is_stopped_and_taken_up_is_the_same(trainer, tmp_path):
+    trainer.train(rows(), seed=1)
+    calm = logits(trainer)
+    for after in (0.34, 0.67, 1.0):
+        report = trainer.train(rows(), seed=1, halt=Halt(folder=tmp_path / "state", after=after))
+    assert report.n_steps == 6
+    assert torch.equal(logits(trainer), calm)
+
+
+def test_a_package_that_is_missing_is_named_before_the_start(monkeypatch):
+    monkeypatch.setattr("duet_ray.training.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r'training\.method: full needs DeepSpeed.*pip install "duet-ray\[full\]"'):
+        check_installed(TrainingConfig(method="full"))
+    check_installed(TrainingConfig(method="lora"))
+
+
 def test_an_unknown_method_lists_the_known_ones():
     unknown = TrainingConfig.model_construct(method="magic")
-    with pytest.raises(ConfigError, match=r"training\.method: .*'magic'; there are: lora"):
+    with pytest.raises(ConfigError, match=r"training\.method: .*'magic'; there are: full, lora"):
         make_trainer(unknown, None, None)

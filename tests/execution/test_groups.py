@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from duet_ray.records import Trial
 from tests.execution.test_study_run import essence, finish, start, trials_of, wait_for, write_study
+from tests.tiny_model import tiny_llama
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -107,3 +110,23 @@ def test_a_worker_that_hangs_is_ended_and_its_sample_made_by_the_next(alone: lis
     assert essence(trials) == essence(alone)
     assert sum(s.n_retries for t in trials for s in t.samples) == 1
     assert log_of(study).count("group 0 is ready") == 2
+
+
+def test_every_weight_is_trained_by_two_workers_as_by_one_and_the_model_is_exported(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    training = {"method": "full", "learning_rate": 3e-3, "batch_size": 8, "max_tokens": 32}
+    settings: dict[str, Any] = {"search": {"n_start": 2, "n_trials": 0}, "confirm": {"finalists": 0}}
+    one = run(write_study(tmp_path / "one", training=training, **settings))
+    fleet = {"workers_per_group": 2, "cpus_per_worker": 0.5}
+    study = write_study(tmp_path / "two", training={**training, "zero": {"stage": 3}}, fleet=fleet, **settings)
+    two = run(study)
+    assert_alike(two, one)
+    base, best = two[0].samples[0], min(s.value or np.inf for t in two[1:] for s in t.samples)
+    assert base.value is not None
+    assert best < base.value
+    code, output = finish(start(study, "--out", str(tmp_path / "best"), verb="export"))
+    assert code == 0, output
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "best" / "model")
+    tuned, untouched = (dict(m.named_parameters()) for m in (model, tiny_llama()))
+    assert not any(torch.equal(tuned[name], untouched[name]) for name in tuned)
+    assert not [p for p in (tmp_path / "two" / "studies").rglob("*") if p.suffix in (".pkl", ".pickle", ".pt", ".bin")]
