@@ -37,6 +37,8 @@ def ray_session(config: StudyConfig) -> Iterator[Any]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    # A local Ray on a busy machine needs longer than the half minute that Ray gives it.
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
     import ray
 
     if ray.is_initialized():
