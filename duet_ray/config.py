@@ -275,7 +275,9 @@ class FleetConfig(Section):
     gpus_per_worker: float = Field(0, ge=0)
     cpus_per_worker: float = Field(1, gt=0, description="also the threads of a worker")
     max_task_minutes: float | None = Field(
-        None, gt=0, description="a task that takes longer is given to a restarted group; null = 10 × the longest so far"
+        None,
+        gt=0,
+        description="a task that takes longer hangs, and is given away; null = a day, or 10 × the longest so far",
     )
 
 
@@ -410,6 +412,15 @@ def _contradictions_at_scale(config: StudyConfig) -> Iterator[tuple[str, str]]:
             yield "sampling.min_samples", message
         if racing.limit is not None and not hasattr(config.feedback, "limit"):
             yield "sampling.racing.limit", f"feedback.kind: {config.feedback.kind} has no limit: remove it"
+        limit = getattr(config.feedback, "limit", None)
+        if racing.limit is not None and limit is not None and racing.limit >= limit:
+            yield "sampling.racing.limit", f"must be < feedback.limit = {limit}, or comparing saves nothing"
+    if training.method == "lora" and training.zero != ZeroConfig():
+        yield "training.zero", "is read by training.method: full, not by lora: remove it"
+    if training.method == "full" and config.selection.method in ("uniform", "logdet", "coreset"):
+        for key in ("rank", "alpha", "dropout", "target_modules"):
+            if getattr(training, key) != TrainingConfig.model_fields[key].default:
+                yield f"training.{key}", "is of an adapter, and nothing here trains one: remove it"
     if training.fuse != "auto" and training.fuse > 1:
         if training.method != "lora":
             yield "training.fuse", f"only adapters train in one pass, not training.method: {training.method}; remove it"

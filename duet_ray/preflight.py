@@ -134,7 +134,11 @@ RESOLVED = ("training.micro_batch_size", "training.fuse")
 
 
 def resolved(config: StudyConfig, known: Mapping[str, Any] = MappingProxyType({})) -> tuple[StudyConfig, list[str]]:
-    """The study with every `auto` replaced by what it stands for, and what there is to say of it."""
+    """The study with every `auto` replaced by what it stands for, and what there is to say of it.
+
+    Raises:
+        ConfigError: what it stood for at the start does not go with the fleet of today.
+    """
     training = config.training
     found: dict[str, Any] = {}
     notes: list[str] = []
@@ -143,6 +147,9 @@ def resolved(config: StudyConfig, known: Mapping[str, Any] = MappingProxyType({}
     if training.fuse == "auto":
         if "training.fuse" in known:
             found["fuse"] = known["training.fuse"]
+            if found["fuse"] > 1 and config.fleet.workers_per_group > 1:
+                message = f"must stay 1: training.fuse: auto was {found['fuse']} when this study was started"
+                raise ConfigError([Problem(path="fleet.workers_per_group", message=message)])
         else:
             found["fuse"], notes = resolved_fuse(config)
     if found:
@@ -168,12 +175,25 @@ def _check_disk(config: StudyConfig, memory: MemoryEstimate) -> None:
     # An adapter is float32, a whole model has the base's type.
     full = config.training.method == "full"
     what, width = ("models", 2 if config.model.dtype == "bfloat16" else 4) if full else ("adapters", 4)
-    need, free = width * memory.n_trained * n_models / GIB + 0.1, shutil.disk_usage(folder).free / GIB
+    n_bytes = width * memory.n_trained * n_models
+    if n_states := _n_states(config):
+        what += f" and the states of {n_states} trainings"
+        n_bytes += 12 * memory.n_trained * n_states  # float32 weights, and Adam's two moments of each
+    need, free = n_bytes / GIB + 0.1, shutil.disk_usage(folder).free / GIB
     if free < need:
         raise ResourceError(
             f"storage: {n_models} {what} need {need:.1f} GiB and {folder} has {free:.1f} GiB free; "
             f"make room, lower keep_best, or choose another storage"
         )
+
+
+def _n_states(config: StudyConfig) -> int:
+    """Trainings that are written down at the same time, at most."""
+    if config.sampling.racing is not None:
+        return config.sampling.k * config.search.concurrent_trials
+    fuse = config.training.fuse
+    n_at_once = config.fleet.groups * (fuse if fuse != "auto" else 1)
+    return n_at_once if config.training.checkpoint_minutes is not None else 0
 
 
 def _overlaps(

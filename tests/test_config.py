@@ -89,6 +89,18 @@ MISTAKES = [
     (SEARCH, "store: postgresql://x", "store: only SQLite in the study's folder is built yet"),
     (SEARCH, "search: {kernel: matern}", "(matern is planned and not built yet)"),
     (SEARCH, "training: {fuse: 0}", "training.fuse"),
+    (SEARCH, "training: {fuse: 2}", "training.fuse: must be <= sampling.k = 1, got 2"),
+    (SEARCH, "training: {method: full, fuse: 2}", "only adapters train in one pass, not training.method: full"),
+    (SEARCH, "training: {method: full, rank: 8}", "training.rank: is of an adapter, and nothing here trains one"),
+    (SEARCH, "training: {zero: {stage: 3}}", "training.zero: is read by training.method: full, not by lora"),
+    (
+        SEARCH,
+        "sampling: {k: 2}\ntraining: {fuse: 2}\nfleet: {workers_per_group: 2}",
+        "must be 1 with fleet.worker",
+    ),
+    (SEARCH, "sampling: {racing: {}}", "sampling.racing: needs sampling.k > 1"),
+    (SEARCH, "sampling: {k: 4, min_samples: 2, racing: {}}", "sampling.min_samples: must be <= 1, the samples that"),
+    (SEARCH, "training: {batch_size: 2}\nfleet: {workers_per_group: 3}", "must be <= training.batch_size = 2, got 3"),
     (SEARCH, "training: {batch_size: 6, micro_batch_size: 4}", "must divide training.batch_size = 6, got 4"),
     (
         SEARCH,

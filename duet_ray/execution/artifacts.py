@@ -77,6 +77,15 @@ def leave_comparisons(folder: Path, comparisons: Sequence[Comparison]) -> None:
     write_json(folder / "comparisons.json", {"comparisons": [asdict(c) for c in comparisons]})
 
 
+def clear_ended(folder: Path, result: SampleResult) -> None:
+    """Delete what nobody needs of a sample that has ended: the state of its training, and a model without a value."""
+    names = [TRAINING, *(("adapter", "model") if result.value is None else ())]
+    for name in names:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for stale in folder.glob("trained-*.json"):
+        stale.unlink(missing_ok=True)
+
+
 def adopt_finished(config: StudyConfig, store: Store) -> None:
     """Store the samples that finished while no driver was there to see it."""
     for trial in store.trials():

@@ -1,11 +1,11 @@
 """The broker leases tasks to the groups of the fleet and keeps their results until the driver has stored them.
 
 It is the one place that knows which sample is where. A group that comes back under a new incarnation has lost what it
-held: that task alone is leased again, at most `max_retries` times. A result that comes with an old lease is refused, so
-an orphan that finishes late changes nothing. Tasks are leased in the order they came, so that the samples of one trial
-stay together and every trial gets its turn; samples that train in one pass go to one group together. A group with a
-process that is silent for too long, or a task that takes too long, is taken for lost, and the driver is told which
-processes to end.
+held: that alone is leased again, the task that was under way at most `max_retries` times. A result that comes with an
+old lease is refused, so an orphan that finishes late changes nothing. Tasks are leased in the order they came, so that
+the samples of one trial stay together and every trial gets its turn; samples that train in one pass go to one group
+together. A group with a process that is silent for too long, or with a task that takes too long or a training that
+makes no step any more, is taken for lost, and the driver is told which processes to end.
 
 A group may have several processes: the first one leases, and says here what the others are to do along with it. They
 ask; nobody waits in a collective operation, whose time limit would be another one.
@@ -27,9 +27,13 @@ SILENCE_SECONDS = 60.0
 START_SECONDS = 900.0
 """With no group heard of for this long after the start, something is wrong with the cluster, not with a group."""
 
-SHORTEST_LIMIT, FIRST_LIMIT, TIMES_LONGEST = 1800.0, 86_400.0, 10.0
-"""Seconds that a task may take, where the study file does not say: `TIMES_LONGEST` the longest of its kind so far, and
-never under the first; before any has finished, the second."""
+LONG_SECONDS, TIMES_LONGEST = 86_400.0, 10.0
+"""Where the study file does not say how long a task may take: `TIMES_LONGEST` the longest of its kind so far, and never
+under a day, for a quick one (the untouched model, a small domain) says nothing of the next."""
+
+STALL_SECONDS, TIMES_STEP = 1800.0, 20.0
+"""A sample whose training has made two steps and then none for so long hangs: `TIMES_STEP` its longest step so far, and
+never under half an hour."""
 
 TaskKind = Literal["sample", "compare", "prepare", "score", "weigh"]
 
@@ -111,6 +115,15 @@ class _Lease:
     n_together: int
     """Tasks leased in one go: the first to end has trained for all."""
     progress: InFlight
+    moved: float = 0.0
+    """When the last step was heard of."""
+    longest_step: float = 0.0
+
+    def is_stalled(self, now: float) -> bool:
+        """Whether a training is in the middle of its steps, and makes none any more."""
+        if self.task.spec is None or not 2 <= self.progress.done < self.progress.total:
+            return False
+        return now - self.moved > max(STALL_SECONDS, TIMES_STEP * self.longest_step)
 
 
 @dataclass
@@ -133,7 +146,8 @@ class Broker:
     Args:
         max_retries: how often a task is leased again after its group died or it raised something that is not its own
             fault. Failures of the sample itself arrive as results and are never retried.
-        max_seconds: that a task may take; None: see `TIMES_LONGEST`.
+        max_seconds: that a task may take, and so many tasks leased together that many times as long; None: see
+            `LONG_SECONDS`.
     """
 
     def __init__(self, max_retries: int, max_seconds: float | None = None) -> None:
@@ -207,16 +221,25 @@ class Broker:
             elif held and now - group.busy_since > (limit := max(self._limit(lease) for lease in held)):
                 reason = f"it took longer than {limit / 60:.3g} minutes (fleet.max_task_minutes)"
                 self._end_group(number, reason)
+            elif stalled := [lease for lease in held if lease.is_stalled(now)]:
+                minutes = (now - stalled[0].moved) / 60
+                self._end_group(number, f"it made no training step for {minutes:.0f} minutes")
         if not self._groups and now - self._started > START_SECONDS:
             self.close(
                 f"no group of the fleet has started within {START_SECONDS / 60:.0f} minutes; is the cluster busy?"
             )
 
     def group_lost(self, group: int, reason: str = "its worker died") -> None:
-        """A group is gone: its tasks go back to the front of the queue, or fail when their retries are used up."""
+        """A group is gone: its tasks go back to the front of the queue.
+
+        Tasks leased together are done in their order: the first was under way, and fails when its retries are used up.
+        """
         held = [lease for lease in self._leases.values() if lease.group == group]
-        for lease in reversed(held):
-            self._again(lease, reason)
+        for lease in reversed(held[1:]):
+            del self._leases[lease.task.key]
+            self._queue.appendleft(lease.task)
+        if held:
+            self._again(held[0], reason)
 
     def lease(
         self, group: int, incarnation: str
@@ -253,7 +276,10 @@ class Broker:
     def progress(self, key: str, number: int, stage: str, done: int, total: int) -> None:
         """Say how far a task is; a stale lease is ignored."""
         if self._holds(key, number):
-            lease = self._leases[key]
+            lease, now = self._leases[key], time.monotonic()
+            if stage == lease.progress.stage and 0 < lease.progress.done < done:
+                lease.longest_step = max(lease.longest_step, now - lease.moved)
+            lease.moved = now
             lease.progress = InFlight(task=lease.task, stage=stage, done=done, total=total)
 
     def complete(self, key: str, number: int, result: Mapping[str, Any]) -> bool:
@@ -354,8 +380,7 @@ class Broker:
         """Seconds that a lease may take."""
         if self._max_seconds is not None:
             return self._max_seconds * lease.n_together
-        longest = self._longest.get(lease.task.kind)
-        return FIRST_LIMIT if longest is None else max(SHORTEST_LIMIT, TIMES_LONGEST * longest * lease.n_together)
+        return max(LONG_SECONDS, TIMES_LONGEST * self._longest.get(lease.task.kind, 0.0) * lease.n_together)
 
     def _took(self, lease: _Lease) -> None:
         """A task ended well: its group is no barren one, and its kind takes at least so long."""

@@ -23,6 +23,7 @@ import psutil
 from duet_ray.errors import DuetError, FeedbackError, SelectionError
 from duet_ray.execution.broker import Place, Task
 from duet_ray.execution.worker import Assignment, Progress, Worker, is_disk_full
+from duet_ray.training import Stopped
 
 log = logging.getLogger(__name__)
 
@@ -30,10 +31,6 @@ BEAT_SECONDS = 1.0
 
 SHORTEST_WAIT, LONGEST_WAIT = 0.02, 0.25
 """Seconds between questions to the broker when there is nothing to do: short at first, longer when idle."""
-
-
-class Stopped(BaseException):
-    """The task under way is to end at once. Not an `Exception`, so that no feedback takes it for its own."""
 
 
 class GroupLost(RuntimeError):
@@ -91,13 +88,27 @@ def group_loop(settings: dict[str, Any]) -> None:
     seat.say("register", seat.rank, place)
     with _heartbeat(seat) as life:
         try:
-            _work(seat, Assignment(**settings["assignment"]))
+            _work(seat, life, Assignment(**settings["assignment"]))
         except Stopped:
             log.info("group %d is %s", seat.group, "lost" if life.is_lost else "stopped")
+        except Exception:
+            if not _is_stopped(seat):
+                raise
+            log.info("group %d is stopped: its processes left in the middle of a step", seat.group)
         finally:
             life.end()
     if life.is_lost:
         raise GroupLost(f"group {seat.group} was taken for lost")
+
+
+def _is_stopped(seat: Seat) -> bool:
+    """Whether the study is over: then it is no matter that a process of the group was left alone."""
+    import ray
+
+    try:
+        return bool(seat.say("beat", seat.rank) == "stop")
+    except ray.exceptions.RayError:
+        return True
 
 
 def _take_device(uses_gpu: bool) -> None:
@@ -111,12 +122,13 @@ def _take_device(uses_gpu: bool) -> None:
     torch.cuda.set_device(get_device())
 
 
-def _work(seat: Seat, assignment: Assignment) -> None:
+def _work(seat: Seat, life: "_Life", assignment: Assignment) -> None:
     """Load the model, and do tasks until there are no more."""
     import ray
 
     try:
         worker = Worker(assignment, on_follow=seat.follow)
+        life.is_waited_for = lambda: seat.rank > 0 or (seat.n_ranks > 1 and worker.others_wait)
         worker.preload()
     except Exception as error:
         log.exception("group %d cannot start", seat.group)
@@ -194,10 +206,16 @@ def _do(worker: Worker, seat: Seat, task: Task, lease: int) -> None:
 
 
 class _Life:
-    """Whether the loop still runs; after `end` it is not interrupted any more."""
+    """Whether the loop still runs; after `end` it is not interrupted any more.
+
+    A process that others may wait for in the middle of a step is not interrupted: it says to its trainer that all are
+    to stop, and they do so together. Outside a step the group's first process alone has anything to interrupt, and the
+    others hear that it is over when they ask what to do.
+    """
 
     def __init__(self) -> None:
         self.is_lost = False
+        self.is_waited_for: Callable[[], bool] = lambda: False
         self._thread = threading.get_ident()
         self._lock = threading.Lock()
         self._ended = False
@@ -205,8 +223,14 @@ class _Life:
     def interrupt(self, *, is_lost: bool) -> None:
         """Raise `Stopped` in the loop's thread, at its next step in Python."""
         with self._lock:
-            if not self._ended:
-                self._ended, self.is_lost = True, is_lost
+            if self._ended:
+                return
+            self._ended, self.is_lost = True, is_lost
+            if self.is_waited_for():
+                from duet_ray.training import ranks
+
+                ranks.stop()
+            else:
                 set_exception = ctypes.pythonapi.PyThreadState_SetAsyncExc
                 set_exception(ctypes.c_ulong(self._thread), ctypes.py_object(Stopped))
 

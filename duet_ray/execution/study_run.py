@@ -19,16 +19,23 @@ from typing import Any, Protocol
 from duet_ray.config import StudyConfig
 from duet_ray.errors import DuetError, ResourceError, SelectionError, StudyFailed
 from duet_ray.execution.artifacts import (
-    TRAINING,
     adopt_finished,
     best_trials,
+    clear_ended,
     leave_result,
     prune_adapters,
     sample_folder,
 )
 from duet_ray.execution.broker import InFlight, Outcome, Task, start_broker
 from duet_ray.execution.fleet import Fleet, end_process, ray_session
-from duet_ray.execution.trial import TrialPlan, run_trial, sample_result, sample_tasks, scoring_tasks
+from duet_ray.execution.trial import (
+    TrialPlan,
+    leave_failed_comparison,
+    run_trial,
+    sample_result,
+    sample_tasks,
+    scoring_tasks,
+)
 from duet_ray.execution.worker import Assignment
 from duet_ray.records import BASE_TRIAL, CONFIRM_FIRST, Trial
 from duet_ray.reduce import failure_reason, reduce_samples
@@ -131,7 +138,8 @@ class StudyRun:
             SelectionError: a domain cannot be scored; the other domains' weights are kept.
             ResourceError: fewer devices than asked for, a full disk, or no group is left.
         """
-        shutil.rmtree(self.config.study_folder / ".ray", ignore_errors=True)  # of drivers that were killed
+        for scratch in (self.config.study_folder / ".ray", *self.config.study_folder.glob("artifacts/*/*.tmp-*")):
+            shutil.rmtree(scratch, ignore_errors=True)  # of drivers and workers that were killed
         adopt_finished(self.config, self.store)
         if self._n_to_search() == 0:
             self._fail_if_nothing_observed()
@@ -389,6 +397,8 @@ class StudyRun:
         """Store one finished sample, leaving its result in its folder where its worker could not; count one shard."""
         if outcome.task.kind == "score" and outcome.status == "done" and "error" not in outcome.result:
             self._shard_measured(outcome.task)
+        if outcome.task.kind == "compare" and outcome.status == "failed":
+            leave_failed_comparison(self.config.study_folder, outcome)
         if outcome.task.kind != "sample" or (result := sample_result(outcome)) is None:
             return
         if outcome.status == "failed":
@@ -397,8 +407,7 @@ class StudyRun:
             result = leave_result(folder, result)
         if self.store.add_sample(result):
             self.watcher.changed()
-        if result.was_stopped:
-            shutil.rmtree(sample_folder(self.config.study_folder, result.spec) / TRAINING, ignore_errors=True)
+        clear_ended(sample_folder(self.config.study_folder, result.spec), result)
 
     def _shard_measured(self, task: Task) -> None:
         assert task.domain is not None

@@ -12,10 +12,11 @@ group was quicker, nor on an interruption.
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from duet_ray.config import RacingConfig, n_kept
-from duet_ray.execution.artifacts import Comparison
+from duet_ray.execution.artifacts import Comparison, leave_comparisons, read_comparisons, sample_folder
 from duet_ray.execution.broker import Outcome, Task
 from duet_ray.records import Direction, Ratio, SampleResult, SampleSpec, TrialKind
 
@@ -113,12 +114,16 @@ def run_trial(config: Mapping[str, Any], *, broker_name: str, namespace: str, pl
         return outcomes
 
     racing = list(range(plan.k))
+    compared: dict[int, list[Comparison]] = {sample: [] for sample in racing}
     for until in plan.racing.at if plan.racing else ():
         if len(racing) > 1:
             outcomes = done(racing, racing, until)
             if any(outcome.status == "stopped" for outcome in outcomes):
                 break  # The study is stopped, and no task is taken any more; a resume finds what was compared.
-            stopped, racing = judged(outcomes, until, plan)
+            for outcome in outcomes:
+                assert outcome.task.spec is not None
+                compared[outcome.task.spec.sample].append(_comparison(outcome))
+            stopped, racing = judged(outcomes, compared, plan)
             for task, result in stopped:
                 ray.get(broker.settle.remote(task, result.to_json()))
     done([sample for sample in config["missing"] if sample in racing], racing)
@@ -126,41 +131,59 @@ def run_trial(config: Mapping[str, Any], *, broker_name: str, namespace: str, pl
 
 
 def judged(
-    outcomes: Sequence[Outcome], until: float, plan: TrialPlan
+    outcomes: Sequence[Outcome], compared: Mapping[int, Sequence[Comparison]], plan: TrialPlan
 ) -> tuple[list[tuple[Task, SampleResult]], list[int]]:
-    """The samples whose race ends here, with their results, and those that go on."""
+    """The samples whose race ends here, with their results, and those that go on.
+
+    Args:
+        outcomes: of the comparisons of this stage.
+        compared: sample → all its comparisons so far.
+    """
     assert plan.racing is not None
-    found = {o.task.spec.sample: _comparison(o, until) for o in outcomes if o.task.spec is not None}
-    kept = going_on({s: c.value for s, c in found.items()}, plan.racing.keep, plan.direction)
-    ended = []
-    for outcome in outcomes:
-        spec = outcome.task.spec
-        if spec is not None and spec.sample not in kept:
-            ended.append((Task(key=spec.key, kind="sample", spec=spec), _stopped(spec, found, kept)))
-    return ended, kept
+    specs = [outcome.task.spec for outcome in outcomes if outcome.task.spec is not None]
+    kept = going_on({s.sample: compared[s.sample][-1].value for s in specs}, plan.racing.keep, plan.direction)
+    best = ", ".join(f"{compared[sample][-1].value:.6g}" for sample in kept)
+    out = [spec for spec in specs if spec.sample not in kept]
+    return [
+        (Task(key=spec.key, kind="sample", spec=spec), _stopped(spec, compared[spec.sample], best)) for spec in out
+    ], kept
 
 
-def _comparison(outcome: Outcome, until: float) -> Comparison:
+def leave_failed_comparison(study_folder: Path, outcome: Outcome) -> None:
+    """Leave in its sample's folder that a comparison failed for good: a resume must not try it again."""
+    assert outcome.task.spec is not None
+    folder = sample_folder(study_folder, outcome.task.spec)
+    earlier = read_comparisons(folder)
+    if all(c.share != outcome.task.until for c in earlier):
+        folder.mkdir(parents=True, exist_ok=True)
+        leave_comparisons(folder, [*earlier, _comparison(outcome)])
+
+
+def _comparison(outcome: Outcome) -> Comparison:
     if outcome.status == "failed":
-        return Comparison(share=until, value=None, reason=outcome.reason, train_seconds=0.0, feedback_seconds=0.0)
+        share, reason = outcome.task.until, outcome.reason
+        return Comparison(share=share, value=None, reason=reason, train_seconds=0.0, feedback_seconds=0.0)
     return Comparison(**outcome.result)
 
 
-def _stopped(spec: SampleSpec, found: Mapping[int, Comparison], kept: Sequence[int]) -> SampleResult:
-    """The end of a sample that is out of the race."""
-    own = found[spec.sample]
-    reason, train = own.reason, {}
-    if own.value is not None:
-        best = ", ".join(f"{found[sample].value:.6g}" for sample in kept)
-        reason = f"stopped after {100 * own.share:g} % of its steps with {own.value:.6g}; going on: {best}"
-        train = {"stopped_after": own.share}
+def _stopped(spec: SampleSpec, compared: Sequence[Comparison], best: str) -> SampleResult:
+    """The end of a sample that is out of the race.
+
+    Args:
+        best: the values of those that go on.
+    """
+    last = compared[-1]
+    reason, train = last.reason, {}
+    if last.value is not None:
+        reason = f"stopped after {100 * last.share:g} % of its steps with {last.value:.6g}; going on: {best}"
+        train = {"stopped_after": last.share}
     return SampleResult(
         spec=spec,
         value=None,
         reason=reason,
         train=train,
-        train_seconds=own.train_seconds,
-        feedback_seconds=own.feedback_seconds,
+        train_seconds=sum(c.train_seconds for c in compared),
+        feedback_seconds=sum(c.feedback_seconds for c in compared),
     )
 
 

@@ -21,6 +21,7 @@ from duet_ray.errors import FeedbackError, NoValueError, SampleFailed, StoreErro
 from duet_ray.execution.artifacts import (
     TRAINING,
     Comparison,
+    clear_ended,
     leave_comparisons,
     leave_result,
     read_comparisons,
@@ -36,7 +37,7 @@ from duet_ray.records import Mixture, SampleResult, SampleSpec, TokenRow
 from duet_ray.seeds import child_seed
 from duet_ray.selection import RowWeights, Scoring, SelectionContext, load_weights, n_drawn, save_weights
 from duet_ray.selection.examples import read_examples
-from duet_ray.training import Halt, load_base, make_trainer
+from duet_ray.training import Halt, Stopped, load_base, make_trainer
 
 log = logging.getLogger(__name__)
 
@@ -175,9 +176,7 @@ class Worker:
             if "_trainer" in self.__dict__:
                 self._trainer.reset()
         result = leave_result(folder, result)
-        shutil.rmtree(folder / TRAINING, ignore_errors=True)
-        for stale in folder.glob("trained-*.json"):
-            stale.unlink()
+        clear_ended(folder, result)
         return result
 
     def do_comparison(self, task: Task, progress: Progress) -> dict[str, Any]:
@@ -300,6 +299,8 @@ class Worker:
         Returns:
             The trainer's report. The model is in memory.
         """
+        from duet_ray.training.ranks import was_stopped
+
         folder = sample_folder(self._config.study_folder, spec)
         if (report := self._trained(spec, digest, folder, until)) is not None:
             return report
@@ -323,6 +324,8 @@ class Worker:
             self.others_wait = False
             raise
         self.others_wait = False
+        if was_stopped():
+            raise Stopped
         if until == 1:
             with new_folder(_cleared(folder / self._trainer.artifact)) as temporary:
                 self._trainer.save(temporary)

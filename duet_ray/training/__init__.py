@@ -6,7 +6,7 @@ from typing import Any
 
 from duet_ray.config import StudyConfig, TrainingConfig
 from duet_ray.errors import ConfigError, Problem
-from duet_ray.training.base import Checkpoint, Halt, Trainer, TrainReport
+from duet_ray.training.base import Checkpoint, Halt, Stopped, Trainer, TrainReport
 
 TRAINERS: dict[str, str] = {
     "lora": "duet_ray.training.lora:LoraTrainer",
@@ -58,6 +58,7 @@ __all__ = [
     "TRAINERS",
     "Checkpoint",
     "Halt",
+    "Stopped",
     "TrainReport",
     "Trainer",
     "check_installed",

@@ -17,6 +17,10 @@ from typing import Any, Protocol
 from duet_ray.records import TokenRow
 
 
+class Stopped(BaseException):
+    """What is under way is to end at once. Not an `Exception`, so that no feedback takes it for its own."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainReport:
     """What a training run says of itself; stored with the sample and shown."""

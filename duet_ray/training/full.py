@@ -29,6 +29,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -54,13 +55,16 @@ from duet_ray.training.batches import (
 from duet_ray.training.halted import Progress
 from duet_ray.training.lora import check_finite, count_loss_tokens, is_due, private_generators
 from duet_ray.training.memory import free_memory, is_out_of_memory
-from duet_ray.training.ranks import OutOfStep, add_over_ranks, n_ranks, on_any_rank, rank
+from duet_ray.training.ranks import OutOfStep, add_over_ranks, end_if_stopped, n_ranks, on_any_rank, rank
 
 STATE_FILE = "zero.json"
 """Says which DeepSpeed checkpoint in a `Halt` folder is whole; written last."""
 
 EXHAUSTED_FILE = "out_of_memory"
-"""In a `Halt` folder, one for each time that a worker left the group out of step."""
+"""In a `Halt` folder, one for each attempt that a worker left out of step: its number, from 0, and the worker's."""
+
+
+Note = Callable[[], None]
 
 
 class FullTrainer:
@@ -203,7 +207,7 @@ class FullTrainer:
                     "training.zero.stage or training.zero.offload_optimizer: true"
                 )
             try:
-                return self._attempt(rows, seed, size, on_step, halt)
+                return self._attempt(rows, seed, size, on_step, halt, partial(_note_exhausted, halt, n_exhausted))
             except _Exhausted:
                 n_exhausted += 1
             free_memory()
@@ -215,15 +219,17 @@ class FullTrainer:
         size: int,
         on_step: Callable[[int, int], None] | None,
         halt: Halt | None,
+        note: Note,
     ) -> tuple[dict[str, torch.Tensor], TrainReport]:
         started = written = time.perf_counter()
         batches = effective_batches(len(rows), self._training, seed)
         n_stop = n_steps_until(halt.after, len(batches)) if halt else len(batches)
-        passes = _Passes(self._engine(halt), self._training.zero.stage, self._pad_id, size, self._device, halt)
+        passes = _Passes(self._engine(note), self._training.zero.stage, self._pad_id, size, self._device, note)
         engine = passes.engine
         try:
             progress = _take_up(halt.folder, engine, self._training) if halt else None
             for step in range(progress.n_done if progress else 0, n_stop):
+                end_if_stopped(self._device)
                 torch.manual_seed(step_seed(seed, step, rank()))
                 rate = learning_rate(step, len(batches), self._training)
                 loss = passes.backward([rows[i] for i in batches[step]])
@@ -263,9 +269,9 @@ class FullTrainer:
         )
         return weights, report
 
-    def _engine(self, halt: Halt | None) -> Any:
+    def _engine(self, note: Note) -> Any:
         """A DeepSpeed engine around a fresh copy of the base, in training mode."""
-        with _exhaustion(halt, self._device, meets=False):
+        with _exhaustion(note, self._device, meets=False):
             model = self._copy(trained=True).train()
             if self._training.gradient_checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -303,15 +309,13 @@ class _Exhausted(Exception):
 class _Passes:
     """The forward and backward passes of one sample at one micro-batch size."""
 
-    def __init__(
-        self, engine: Any, stage: int, pad_id: int, size: int, device: torch.device, halt: Halt | None
-    ) -> None:
+    def __init__(self, engine: Any, stage: int, pad_id: int, size: int, device: torch.device, note: Note) -> None:
         self.engine = engine
         self._stage = stage
         self._pad_id = pad_id
         self._size = size
         self._device = device
-        self._halt = halt
+        self._note = note
 
     def backward(self, rows: Sequence[TokenRow]) -> float:
         """Leave the gradients of one effective batch in the engine.
@@ -329,10 +333,10 @@ class _Passes:
         n_loss_tokens = count_loss_tokens(rows)
         total = torch.zeros((), device=self._device)
         for part, weight in self._parts(rows):
-            with _exhaustion(self._halt, self._device, meets=self._stage < 3):
+            with _exhaustion(self._note, self._device, meets=self._stage < 3):
                 batch = collate(part, self._pad_id, self._device)
                 loss = token_nll(self.engine, batch).sum() * (weight / n_loss_tokens)
-            with _exhaustion(self._halt, self._device, meets=self._stage < 2):
+            with _exhaustion(self._note, self._device, meets=self._stage < 2):
                 self.engine.backward(loss * n_ranks())
             total += loss.detach()
             del loss
@@ -340,7 +344,7 @@ class _Passes:
         return float(total)
 
     def step(self) -> None:
-        with _exhaustion(self._halt, self._device, meets=False):
+        with _exhaustion(self._note, self._device, meets=False):
             self.engine.step()
 
     def _parts(self, rows: Sequence[TokenRow]) -> list[tuple[list[TokenRow], float]]:
@@ -397,8 +401,11 @@ def _load_deepspeed(device: torch.device) -> Any:
 
 @contextmanager
 def _group(deepspeed: Any, device: torch.device) -> Iterator[None]:
-    """What DeepSpeed asks for: a process group, of this one process if there is none, and the device's number."""
-    before = os.environ.get("LOCAL_RANK")
+    """What DeepSpeed asks for: a process group, of this one process if there is none, and the device's number.
+
+    Afterwards all is as before, also what DeepSpeed changes in torch and leaves so.
+    """
+    before, linear = os.environ.get("LOCAL_RANK"), torch.nn.functional.linear
     os.environ["LOCAL_RANK"] = str(device.index or 0)
     is_ours = not dist.is_initialized()
     if is_ours:
@@ -407,6 +414,7 @@ def _group(deepspeed: Any, device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
+        torch.nn.functional.linear = linear  # Stage 3 puts one in its place that cannot be differentiated forward.
         if is_ours:
             deepspeed.comm.init_distributed()
             deepspeed.comm.destroy_process_group()
@@ -417,10 +425,11 @@ def _group(deepspeed: Any, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _exhaustion(halt: Halt | None, device: torch.device, *, meets: bool) -> Iterator[None]:
+def _exhaustion(note: Note, device: torch.device, *, meets: bool) -> Iterator[None]:
     """Raise `_Exhausted` in all workers, where memory runs out in one of them inside the block.
 
     Args:
+        note: called where they cannot meet, for the next attempt to know.
         meets: whether the workers can meet after the block: nothing inside it waits for another worker.
 
     Raises:
@@ -433,7 +442,7 @@ def _exhaustion(halt: Halt | None, device: torch.device, *, meets: bool) -> Iter
         if not is_out_of_memory(error):
             raise
         if n_ranks() > 1 and not meets:
-            _note_exhausted(halt)
+            note()
             raise OutOfStep(f"out of memory on {device} while the workers of the group exchanged tensors") from error
         # The error is dropped here: its frames hold the tensors.
         out = True
@@ -441,17 +450,17 @@ def _exhaustion(halt: Halt | None, device: torch.device, *, meets: bool) -> Iter
         raise _Exhausted
 
 
-def _note_exhausted(halt: Halt | None) -> None:
-    if halt is None:
-        return
-    halt.folder.mkdir(parents=True, exist_ok=True)
-    number = len(list(halt.folder.glob(f"{EXHAUSTED_FILE}-*")))
-    (halt.folder / f"{EXHAUSTED_FILE}-{number}-{rank()}").touch()
+def _note_exhausted(halt: Halt | None, n_exhausted: int) -> None:
+    """Leave word that the attempt after `n_exhausted` others ran out of memory too."""
+    if halt is not None:
+        halt.folder.mkdir(parents=True, exist_ok=True)
+        (halt.folder / f"{EXHAUSTED_FILE}-{n_exhausted}-{rank()}").touch()
 
 
 def _n_exhausted(halt: Halt | None, device: torch.device) -> int:
     """How often memory ran out in earlier attempts at this sample, as the worker says that knows of most."""
-    noted = len({f.name.split("-")[1] for f in halt.folder.glob(f"{EXHAUSTED_FILE}-*")}) if halt else 0
+    files = halt.folder.glob(f"{EXHAUSTED_FILE}-*") if halt else ()
+    noted = max((int(f.name.split("-")[1]) + 1 for f in files), default=0)
     return next(n for n in (2, 1, 0) if n == 0 or on_any_rank(noted >= n, device))
 
 

@@ -1,4 +1,5 @@
-"""The state of a sample's training in the middle of it, on disk: a retry goes on from there, to the same result.
+"""The state of a sample's training in the middle of it, on disk: a retry goes on from there, to the same result (but
+for rounding where it trains along with others, who may be at other steps then).
 
 It is what the next step needs and nothing else: trained weights, Adam's moments, and how far the training is. No
 generator is in it, since every step seeds its own (`batches.step_seed`). safetensors, written to a temporary name and

@@ -41,7 +41,15 @@ from duet_ray.training.batches import (
 )
 from duet_ray.training.halted import Progress, TrainingState, read_state, write_state
 from duet_ray.training.memory import free_memory, is_out_of_memory
-from duet_ray.training.ranks import OutOfStep, add_over_ranks, n_ranks, on_all_ranks_the_same, on_any_rank, rank
+from duet_ray.training.ranks import (
+    OutOfStep,
+    add_over_ranks,
+    end_if_stopped,
+    n_ranks,
+    on_all_ranks_the_same,
+    on_any_rank,
+    rank,
+)
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 """PEFT's layout: what `save` writes and `load` needs."""
@@ -146,6 +154,7 @@ class LoraTrainer:
         per_epoch = len(batches) // self._training.epochs
         with training_mode(passes.model, self._training):
             for step in range(progress.n_done if progress else 0, n_stop):
+                end_if_stopped(self._device)
                 rate = learning_rate(step, len(batches), self._training)
                 loss = passes.backward([rows[i] for i in batches[step]], optimizer, step_seed(seed, step, rank()))
                 norm = float(torch.nn.utils.clip_grad_norm_(weights.values(), self._training.max_grad_norm))

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from duet_ray.errors import ResourceError
+from duet_ray.training.base import Stopped
 
 
 class OutOfStep(ResourceError):
@@ -18,6 +19,7 @@ class OutOfStep(ResourceError):
 
 
 _n_alone = 0
+_is_stopped = False
 
 
 def rank() -> int:
@@ -70,6 +72,27 @@ def first_says(word: str) -> str:
     if n_ranks() > 1:
         dist.broadcast_object_list(words, src=0)
     return words[0]
+
+
+def stop() -> None:
+    """Have the training under way end at its next step, in all processes of the group together: `end_if_stopped`."""
+    global _is_stopped
+    _is_stopped = True
+
+
+def was_stopped() -> bool:
+    """Whether `stop` was called in this process."""
+    return _is_stopped
+
+
+def end_if_stopped(device: torch.device) -> None:
+    """To be called at every step by a trainer: a process that left alone would be waited for by the others.
+
+    Raises:
+        Stopped: in all processes, if `stop` was called in one.
+    """
+    if n_ranks() > 1 and on_any_rank(_is_stopped, device):
+        raise Stopped
 
 
 @contextmanager

@@ -1,13 +1,14 @@
 """Leases, retries and outcomes, without Ray."""
 
 import time
+from typing import Any
 
 import pytest
 
 from duet_ray.execution.broker import (
-    FIRST_LIMIT,
-    SHORTEST_LIMIT,
+    LONG_SECONDS,
     SILENCE_SECONDS,
+    STALL_SECONDS,
     START_SECONDS,
     Broker,
     Place,
@@ -254,9 +255,10 @@ def test_a_task_that_takes_too_long_is_given_away_and_its_processes_are_ended(mo
     )
 
 
-def test_without_a_limit_ten_times_the_longest_task_of_its_kind_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    broker = _broker("x", "y", "z")
-    _lease(broker)
+def test_without_a_limit_a_quick_task_says_nothing_and_ten_times_the_longest_is_too_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    broker = _broker("quick", "long", "longer")
 
     def still_leased_after(seconds: float) -> bool:
         _later(monkeypatch, seconds)
@@ -264,14 +266,64 @@ def test_without_a_limit_ten_times_the_longest_task_of_its_kind_is_too_long(monk
         broker.sweep()
         return bool(broker.in_flight())
 
-    assert still_leased_after(FIRST_LIMIT - 1)
-    lease = broker.in_flight()[0].task.key, 1
-    _later(monkeypatch, -(FIRST_LIMIT - 1) + 400)
-    assert broker.complete(*lease, {})
+    assert broker.complete(*_lease(broker), {})
+    long = _lease(broker)
+    assert still_leased_after(LONG_SECONDS - 1)
+    assert broker.complete(*long, {})
     _lease(broker)
-    assert still_leased_after(10 * 400 - 1)
-    assert not still_leased_after(2)
-    assert SHORTEST_LIMIT < 4000
+    assert still_leased_after(10 * LONG_SECONDS - 20)
+    assert not still_leased_after(20)
+
+
+def test_a_training_that_makes_no_step_any_more_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    broker = Broker(max_retries=3)
+    broker.submit([Task(key="s", kind="sample", spec=spec(0))])
+    broker.register(0, "a", 0, PLACE)
+    _, [(task, number)] = broker.lease(0, "a")
+
+    def goes_on_after(seconds: float, *progress: Any) -> bool:
+        _later(monkeypatch, seconds)
+        if progress:
+            broker.progress(task.key, number, *progress)
+        broker.beat(0, "a")
+        broker.sweep()
+        return bool(broker.in_flight())
+
+    assert goes_on_after(2 * STALL_SECONDS), "loading and drawing make no steps"
+    assert goes_on_after(1, "training", 1, 4)
+    assert goes_on_after(STALL_SECONDS), "a first step may compile, or wait for another node"
+    assert goes_on_after(0, "training", 2, 4)
+    assert goes_on_after(300, "training", 3, 4), "its longest step took STALL_SECONDS"
+    assert goes_on_after(19 * STALL_SECONDS)
+    assert not goes_on_after(2 * STALL_SECONDS)
+    assert broker.pulse(0, []).hung == (PLACE,)
+
+
+def test_feedback_takes_as_long_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    broker = Broker(max_retries=3)
+    broker.submit([Task(key="s", kind="sample", spec=spec(0))])
+    broker.register(0, "a")
+    _, [(task, number)] = broker.lease(0, "a")
+    for step in (1, 2, 3):
+        broker.progress(task.key, number, "training", step, 3)
+    _later(monkeypatch, 9 * STALL_SECONDS)
+    broker.beat(0, "a")
+    broker.sweep()
+    assert broker.in_flight()
+
+
+def test_only_the_task_under_way_pays_for_a_death() -> None:
+    broker = Broker(max_retries=1)
+    broker.submit(_bundles(2, 2))
+    for life in "ab":
+        broker.register(0, life)
+        broker.lease(0, life)
+    broker.group_lost(0)
+    assert [(o.task.key, o.status) for o in broker.finished_since(0)] == [("t0000-s0", "failed")]
+    broker.register(0, "d")
+    _, [(other, number)] = broker.lease(0, "d")
+    assert broker.complete(other.key, number, {})
+    assert [(o.task.key, o.n_retries) for o in broker.finished_since(1)] == [("t0000-s1", 0)]
 
 
 def test_one_silent_process_makes_its_group_lost(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,27 @@ def test_two_workers_train_a_sample_together_and_one_of_them_is_killed(alone: li
     assert log.count("[0] INFO group 0 is ready") == log.count("[1] INFO group 0 is ready") == 2
 
 
+def test_ctrl_c_stops_two_workers_in_the_middle_of_a_step(tmp_path: Path) -> None:
+    """One of them hears of it first, and the other would wait for it in the exchange of gradients."""
+    training = {"rank": 4, "learning_rate": 1e-3, "batch_size": 4, "max_tokens": 32, "epochs": 400}
+    study = write_study(
+        tmp_path, training=training, fleet={"workers_per_group": 2, "cpus_per_worker": 0.5}, **START_ONLY
+    )
+    process = start(study)
+    wait_for((tmp_path / "studies/toy/artifacts/t0000/s0").is_dir, process)
+    time.sleep(5)
+    children = psutil.Process(process.pid).children(recursive=True)
+    pressed = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    code, output = finish(process, 60)
+    assert code == 130, output
+    assert "To go on: duet run" in output
+    assert time.monotonic() - pressed < 25, "nobody waits for a process that has left"
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive
+    assert not list(tmp_path.glob("studies/toy/artifacts/t0000/s0/result.json")), "it was in the middle of the sample"
+
+
 def test_samples_train_in_one_pass_and_a_kill_changes_nothing(alone: list[Trial], tmp_path: Path) -> None:
     settings = {**SHORT, "training__fuse": 2}
     calm = run(write_study(tmp_path / "calm", **settings))

@@ -1,11 +1,14 @@
 """Which samples a trial asks for, in which bundles, and who goes on in a race; without Ray."""
 
+from pathlib import Path
+
 import pytest
 
 from duet_ray.config import RacingConfig, n_finishing
+from duet_ray.execution.artifacts import Comparison, read_comparisons, sample_folder
 from duet_ray.execution.broker import Outcome, Task
-from duet_ray.execution.trial import TrialPlan, going_on, judged, sample_tasks
-from duet_ray.records import Direction, Ratio
+from duet_ray.execution.trial import TrialPlan, going_on, judged, leave_failed_comparison, sample_tasks
+from duet_ray.records import Direction, Ratio, SampleResult
 
 RATIO = Ratio(counts=(3, 1))
 
@@ -28,6 +31,17 @@ def compared(values: dict[int, float | None]) -> list[Outcome]:
         }
         outcomes.append(Outcome(task=task, status="done", result=result))
     return outcomes
+
+
+def verdict(
+    values: dict[int, float | None], k: int, earlier: Comparison | None = None
+) -> tuple[dict[str, SampleResult], list[int]]:
+    outcomes = compared(values)
+    known = {
+        o.task.spec.sample: [*([earlier] if earlier else []), Comparison(**o.result)] for o in outcomes if o.task.spec
+    }
+    ended, kept = judged(outcomes, known, plan(k))
+    return {task.key: result for task, result in ended}, kept
 
 
 def samples_of(task: Task) -> list[int]:
@@ -69,9 +83,8 @@ def test_those_that_failed_have_no_part_in_the_share() -> None:
 
 
 def test_who_is_out_has_its_reason_and_is_no_failure() -> None:
-    ended, kept = judged(compared({0: 3.0, 1: 1.0, 2: None, 3: 2.0}), 0.25, plan(4))
+    results, kept = verdict({0: 3.0, 1: 1.0, 2: None, 3: 2.0}, 4)
     assert kept == [1, 3]
-    results = {task.key: result for task, result in ended}
     assert set(results) == {"t0000-s0", "t0000-s2"}
     stopped, failed = results["t0000-s0"], results["t0000-s2"]
     assert stopped.was_stopped
@@ -82,12 +95,21 @@ def test_who_is_out_has_its_reason_and_is_no_failure() -> None:
     assert failed.reason == "the loss is nan"
 
 
-def test_a_sample_that_no_worker_survived_is_out() -> None:
-    outcomes = compared({0: 3.0, 1: 1.0})
-    outcomes[1] = Outcome(task=outcomes[1].task, status="failed", reason="its worker died after 3 retries")
-    ended, kept = judged(outcomes, 0.25, plan(2))
-    assert kept == [0]
-    assert [result.reason for _, result in ended] == ["its worker died after 3 retries"]
+def test_what_a_stopped_sample_cost_is_all_its_stages() -> None:
+    earlier = Comparison(share=0.1, value=9.0, reason=None, train_seconds=40.0, feedback_seconds=30.0)
+    results, _ = verdict({0: 3.0, 1: 1.0}, 2, earlier)
+    assert (results["t0000-s0"].train_seconds, results["t0000-s0"].feedback_seconds) == (42.0, 31.0)
+
+
+def test_a_comparison_that_no_worker_survived_is_final(tmp_path: Path) -> None:
+    """It stands on disk, so that a resume judges the race as it was judged."""
+    [task] = sample_tasks(0, "start", RATIO, [1], until=0.25)
+    assert task.spec is not None
+    outcome = Outcome(task=task, status="failed", reason="its worker died after 3 retries")
+    leave_failed_comparison(tmp_path, outcome)
+    leave_failed_comparison(tmp_path, outcome)
+    [found] = read_comparisons(sample_folder(tmp_path, task.spec))
+    assert (found.share, found.value, found.reason) == (0.25, None, "its worker died after 3 retries")
 
 
 @pytest.mark.parametrize(("k", "keep", "n"), [(8, 0.5, 2), (3, 0.5, 1), (2, 0.9, 2), (1, 0.5, 1), (10, 0.3, 1)])

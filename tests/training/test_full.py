@@ -20,6 +20,7 @@ from tests.training.test_lora import logits, make_rows
 
 pytest.importorskip("deepspeed", reason="full-parameter training needs the extra `full` (DeepSpeed)")
 
+from duet_ray.training import full
 from duet_ray.training.full import FullTrainer
 
 ZEROS = [(stage, offload) for stage in (1, 2, 3) for offload in (False, True)]
@@ -365,3 +366,22 @@ def test_nothing_is_compiled(monkeypatch, tmp_path: Path):
     for stage, offload in ZEROS:
         make_trainer(stage=stage, offload=offload, epochs=1).train(make_rows(8), seed=0)
     assert not list(tmp_path.iterdir())
+
+
+def test_torch_is_left_as_it_was():
+    """Stage 3 puts a linear function of its own into torch, with which influence scores could not be computed."""
+    before = torch.nn.functional.linear
+    make_trainer(stage=3).train(make_rows(8), seed=0)
+    assert torch.nn.functional.linear is before
+
+
+def test_however_many_workers_ran_out_of_memory_in_an_attempt_it_is_one(tmp_path):
+    halt = Halt(folder=tmp_path)
+    device = torch.device("cpu")
+    assert full._n_exhausted(halt, device) == 0
+    for worker in (0, 1):
+        (tmp_path / f"{full.EXHAUSTED_FILE}-0-{worker}").touch()
+    assert full._n_exhausted(halt, device) == 1
+    full._note_exhausted(halt, 1)
+    assert full._n_exhausted(halt, device) == 2
+    assert full._n_exhausted(None, device) == 0
