@@ -157,6 +157,7 @@ def test_zero_splits_over_the_workers_as_in_the_paper(folder: Path, stage: int) 
                 folder,
                 model__dtype="bfloat16",
                 training__method="full",
+                training__rank=16,
                 training__zero__stage=stage,
                 training__batch_size=8,
                 fleet__workers_per_group=n_workers,
