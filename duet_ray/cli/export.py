@@ -1,4 +1,4 @@
-"""`duet export`: the best adapter and the best mixture, ready to be used elsewhere."""
+"""`duet export`: the best model and the best mixture, ready to be used elsewhere."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,9 +15,9 @@ def command(
     set_: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the best adapter, its training rows (parquet) and a README saying how to load them."""
-    open_study(study, set_).export(to, overwrite=overwrite)
+    """Write the best model (an adapter, or a whole one), its training rows (parquet) and a README: how to load them."""
+    result = open_study(study, set_).export(to, overwrite=overwrite)
     if as_json:
         print_json({"exported": str(to)})
     else:
-        say(f"Wrote {to}: adapter/, mixture.parquet, ratio.json and README.md, which says how to load them.")
+        say(f"Wrote {to}: {result.adapter.name}/, mixture.parquet, ratio.json and README.md, how to load them.")

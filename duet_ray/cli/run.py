@@ -54,14 +54,15 @@ def _finish(opened: Any, summary: Any, page: Path, study: Path, overrides: list[
     assert sample is not None
     say("")
     say(f"report   {page}")
-    say(f"adapter  {opened.folder / (sample.adapter or '')}")
+    model = opened.folder / (sample.adapter or "")
+    say(f"{model.name:<9}{model}")
     say(f"mixture  {best.ratio.describe(summary.domain_names)}")
     n_more = max(10, 2 * opened.config.search.n_trials)
     others = [text for text in overrides or [] if not text.startswith("search.n_trials=")]
     say("")
     say("next:")
     say(f"  {_command_line('export', study, overrides)} --out best")
-    say("      the adapter and the rows it was trained on, ready to load")
+    say("      the model and the rows it was trained on, ready to load")
     say(f"  {_command_line('run', study, [*others, f'search.n_trials={n_more}'])}")
     say("      search on from here")
 
