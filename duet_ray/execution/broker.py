@@ -249,11 +249,13 @@ class Broker:
             return verdict, ()
         if not self._queue:
             return "wait", ()
-        known, first = self._groups[group], self._queue[0]
-        together = (first.bundle, first.until)
-        same = [t for t in self._queue if t is first or (t.bundle and (t.bundle, t.until) == together)]
-        self._queue = deque(t for t in self._queue if t not in same)
-        known.busy_since = time.monotonic()
+        first = self._queue.popleft()
+        same = [first]
+        if first.bundle:
+            together = (first.bundle, first.until)
+            same += [t for t in self._queue if (t.bundle, t.until) == together]
+            self._queue = deque(t for t in self._queue if (t.bundle, t.until) != together)
+        self._groups[group].busy_since = time.monotonic()
         leased = []
         for task in same:
             self._n_leases += 1

@@ -52,7 +52,7 @@ from duet_ray.training.batches import (
     n_steps_until,
     step_seed,
 )
-from duet_ray.training.halted import Progress
+from duet_ray.training.halted import Progress, one_step_on
 from duet_ray.training.lora import check_finite, count_loss_tokens, is_due, private_generators
 from duet_ray.training.memory import free_memory, is_out_of_memory
 from duet_ray.training.ranks import OutOfStep, add_over_ranks, end_if_stopped, n_ranks, on_any_rank, rank
@@ -239,12 +239,7 @@ class FullTrainer:
                 passes.step()
                 if engine.was_step_applied():
                     check_finite(loss, float(engine.get_global_grad_norm()), step, len(batches), rate)
-                progress = Progress(
-                    n_done=step + 1,
-                    first_loss=progress.first_loss if progress else loss,
-                    last_loss=loss,
-                    micro_batch_size=size,
-                )
+                progress = one_step_on(progress, loss, size)
                 if on_step is not None:
                     on_step(step + 1, len(batches))
                 if halt and on_any_rank(is_due(halt, written, step + 1, n_stop, len(batches)), self._device):
@@ -257,17 +252,8 @@ class FullTrainer:
                 self._check_trained(weights, n_skipped, len(batches))
         finally:
             engine.destroy()
-        report = TrainReport(
-            n_rows=len(rows),
-            n_steps=progress.n_done,
-            n_tokens=self._training.epochs * sum(map(len, rows)),
-            first_loss=progress.first_loss,
-            last_loss=progress.last_loss,
-            micro_batch_size=size,
-            seconds=time.perf_counter() - started,
-            n_skipped=n_skipped,
-        )
-        return weights, report
+        seconds = time.perf_counter() - started
+        return weights, progress.report(rows, self._training.epochs, seconds, n_skipped)
 
     def _engine(self, note: Note) -> Any:
         """A DeepSpeed engine around a fresh copy of the base, in training mode."""

@@ -42,7 +42,7 @@ from duet_ray.training.batches import (
     n_steps_until,
     step_seed,
 )
-from duet_ray.training.halted import Progress, TrainingState, read_state, write_state
+from duet_ray.training.halted import Progress, TrainingState, one_step_on, read_state, write_state
 from duet_ray.training.lora import (
     attach_adapter,
     check_finite,
@@ -228,8 +228,7 @@ class _Run:
 
     def stepped(self, loss: float) -> None:
         """Note a step, and write the state where it is due."""
-        first = self.progress.first_loss if self.progress else loss
-        self.progress = Progress(n_done=self.n_done + 1, first_loss=first, last_loss=loss, micro_batch_size=self.size)
+        self.progress = one_step_on(self.progress, loss, self.size)
         halt = self.sample.halt
         if halt and is_due(halt, self._written, self.n_done, self.n_stop, len(self.batches)):
             if rank() == 0:
@@ -241,15 +240,8 @@ class _Run:
         if self.n_done == len(self.batches):
             weights = self._adapters.of(self.index, self._adapters.weights)
             check_trained([p for name, p in weights.items() if "lora_B" in name], self.training)
-        self.outcome = TrainReport(
-            n_rows=len(self.sample.rows),
-            n_steps=self.n_done,
-            n_tokens=self.training.epochs * sum(map(len, self.sample.rows)),
-            first_loss=self.progress.first_loss,
-            last_loss=self.progress.last_loss,
-            micro_batch_size=self.size,
-            seconds=time.perf_counter() - self._started,
-        )
+        seconds = time.perf_counter() - self._started
+        self.outcome = self.progress.report(self.sample.rows, self.training.epochs, seconds)
 
 
 @dataclass(frozen=True, kw_only=True)

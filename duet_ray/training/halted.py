@@ -7,7 +7,7 @@ renamed, so that a kill leaves the state before it.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from duet_ray.files import write_file
+from duet_ray.records import TokenRow
+from duet_ray.training.base import TrainReport
 
 STATE_FILE = "state.safetensors"
 
@@ -29,6 +31,29 @@ class Progress:
     first_loss: float
     last_loss: float
     micro_batch_size: int
+
+    def report(self, rows: Sequence[TokenRow], epochs: int, seconds: float, n_skipped: int = 0) -> TrainReport:
+        """What a trainer says of a sample that ends here."""
+        return TrainReport(
+            n_rows=len(rows),
+            n_steps=self.n_done,
+            n_tokens=epochs * sum(map(len, rows)),
+            first_loss=self.first_loss,
+            last_loss=self.last_loss,
+            micro_batch_size=self.micro_batch_size,
+            seconds=seconds,
+            n_skipped=n_skipped,
+        )
+
+
+def one_step_on(before: Progress | None, loss: float, micro_batch_size: int) -> Progress:
+    """How far a sample is after another step; `before` is None at its first."""
+    return Progress(
+        n_done=before.n_done + 1 if before else 1,
+        first_loss=before.first_loss if before else loss,
+        last_loss=loss,
+        micro_batch_size=micro_batch_size,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,7 @@ from duet_ray.training.batches import (
     n_steps_until,
     step_seed,
 )
-from duet_ray.training.halted import Progress, TrainingState, read_state, write_state
+from duet_ray.training.halted import Progress, TrainingState, one_step_on, read_state, write_state
 from duet_ray.training.memory import free_memory, is_out_of_memory
 from duet_ray.training.ranks import (
     OutOfStep,
@@ -163,12 +163,7 @@ class LoraTrainer:
                     group["lr"] = rate
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-                progress = Progress(
-                    n_done=step + 1,
-                    first_loss=progress.first_loss if progress else loss,
-                    last_loss=loss,
-                    micro_batch_size=passes.size,
-                )
+                progress = one_step_on(progress, loss, passes.size)
                 if on_step is not None:
                     on_step(step + 1, len(batches))
                 if on_epoch is not None and (step + 1) % per_epoch == 0:
@@ -182,15 +177,7 @@ class LoraTrainer:
         assert progress is not None
         if progress.n_done == len(batches):
             check_trained([p for name, p in weights.items() if "lora_B" in name], self._training)
-        return TrainReport(
-            n_rows=len(rows),
-            n_steps=progress.n_done,
-            n_tokens=self._training.epochs * sum(map(len, rows)),
-            first_loss=progress.first_loss,
-            last_loss=progress.last_loss,
-            micro_batch_size=passes.size,
-            seconds=time.perf_counter() - started,
-        )
+        return progress.report(rows, self._training.epochs, time.perf_counter() - started)
 
     def _checkpoint(self, model: PeftModel, optimizer: torch.optim.Optimizer, n_done: int, n_steps: int) -> Checkpoint:
         per_epoch = n_steps // self._training.epochs
