@@ -26,6 +26,7 @@ from ax.generators.torch.botorch_modular.acquisition import Acquisition
 
 from duet_ray.config import SearchConfig
 from duet_ray.search import Proposal, Proposer, SimplexSpace, Told, start_design, surrogate
+from duet_ray.search.model import LossScale
 
 N_ROWS = 10_000
 BETA = 0.5
@@ -57,7 +58,7 @@ def measure(space: SimplexSpace, told: list[Told], seed: int) -> tuple[float, fl
     seconds = time.process_time() - started
     assert proposal.expected is not None
     assert proposal.sigma is not None
-    scale = surrogate.LossScale.of([one.loss for one in told])
+    scale = LossScale.of([one.loss for one in told])
     return seconds, (proposal.expected - BETA * proposal.sigma - scale.mean) / scale.spread
 
 

@@ -65,6 +65,26 @@ def rows_per_domain(ratio: np.ndarray, n_rows: int) -> np.ndarray:
     return counts
 
 
+def at_fidelity(ratio: Ratio, fidelity: float) -> Ratio:
+    """The ratio of a cheap look: a share of the rows, split as the whole is, by largest remainder.
+
+    Args:
+        fidelity: in (0, 1]; 1 is the ratio itself.
+
+    Returns:
+        `fidelity · n_rows` rows, rounded, at least one; no domain has more than in the whole ratio.
+
+    Raises:
+        RatioError: `fidelity` is no such share.
+    """
+    if not 0 < fidelity <= 1:
+        raise RatioError(f"a fidelity is a share of the rows above 0 and up to 1, got {fidelity}")
+    if fidelity == 1:
+        return ratio
+    n_rows = max(1, math.floor(fidelity * ratio.n_rows + 0.5))
+    return Ratio(counts=tuple(rows_per_domain(ratio.values, n_rows).tolist()))
+
+
 def draw_rows(
     probabilities: np.ndarray,
     n_rows: int,

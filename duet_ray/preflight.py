@@ -38,6 +38,7 @@ from duet_ray.training.estimate import (
     resolved_fuse,
     resolved_micro_batch,
 )
+from duet_ray.training.searched import common_batch_size
 
 OnStage = Callable[[str], None]
 
@@ -143,7 +144,7 @@ def resolved(config: StudyConfig, known: Mapping[str, Any] = MappingProxyType({}
     found: dict[str, Any] = {}
     notes: list[str] = []
     if training.micro_batch_size is None:
-        found["micro_batch_size"] = resolved_micro_batch(training.batch_size)
+        found["micro_batch_size"] = resolved_micro_batch(common_batch_size(config))
     if training.fuse == "auto":
         if "training.fuse" in known:
             found["fuse"] = known["training.fuse"]
@@ -171,7 +172,7 @@ def _check_disk(config: StudyConfig, memory: MemoryEstimate) -> None:
     """
     folder = config.resolve_path(config.storage)
     folder.mkdir(parents=True, exist_ok=True)
-    n_models = config.keep_best + config.confirm.finalists + config.fleet.groups + config.sampling.k
+    n_models = config.keep_best + config.confirm.finalists + config.fleet.groups + config.sampling.k_most
     # An adapter is float32, a whole model has the base's type.
     full = config.training.method == "full"
     what, width = ("models", 2 if config.model.dtype == "bfloat16" else 4) if full else ("adapters", 4)
@@ -190,7 +191,7 @@ def _check_disk(config: StudyConfig, memory: MemoryEstimate) -> None:
 def _n_states(config: StudyConfig) -> int:
     """Trainings that are written down at the same time, at most."""
     if config.sampling.racing is not None:
-        return config.sampling.k * config.search.concurrent_trials
+        return config.sampling.k_most * config.search.concurrent_trials
     fuse = config.training.fuse
     n_at_once = config.fleet.groups * (fuse if fuse != "auto" else 1)
     return n_at_once if config.training.checkpoint_minutes is not None else 0

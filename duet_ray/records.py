@@ -65,6 +65,30 @@ class Ratio:
         return ", ".join(f"{names[i]} {100 * self.counts[i] / self.n_rows:.0f} %" for i in order if self.counts[i])
 
 
+Settings = tuple[tuple[str, Any], ...]
+"""Training settings of a trial that are not the study's: (path in the study file, value), in the order of
+`search.also`. Values are plain and hashable; a list is a tuple here."""
+
+
+def settings_from(pairs: Sequence[Sequence[Any]]) -> Settings:
+    """Settings as JSON keeps them: pairs are lists there, and so are values that are tuples here."""
+    return tuple((str(path), tuple(value) if isinstance(value, list) else value) for path, value in pairs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """What a trial tries: a ratio, and where they are searched too, training settings and how much to train on."""
+
+    ratio: Ratio
+    settings: Settings = ()
+    fidelity: float = 1.0
+    """The share of the mixture's rows that is really drawn and trained on; below 1 the trial is a cheap look."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fidelity <= 1:
+            raise RatioError(f"a fidelity is a share of the rows above 0 and up to 1, got {self.fidelity}")
+
+
 @dataclass(frozen=True)
 class Mixture:
     """The rows actually drawn for a ratio: one of the k samples of a trial."""
@@ -104,12 +128,16 @@ class SampleSpec:
     """Names one model to train and measure. Everything random in it follows from this and the root seed."""
 
     trial: int
-    """Trial number: -1 for the base model, 0 … for start and search, `CONFIRM_FIRST` … for confirmations."""
+    """Trial number: -1 for the base model, 0 … for start and search, `CONFIRM_BASE` … for confirmations."""
     sample: int
     """0 … k − 1."""
     kind: TrialKind
     ratio: Ratio | None
     """None only for the base model, which is measured and not trained."""
+    settings: Settings = ()
+    """Training settings that overrule the study's."""
+    fidelity: float = 1.0
+    """The share of the ratio's rows that is drawn."""
 
     @property
     def key(self) -> str:
@@ -122,23 +150,38 @@ class SampleSpec:
             "sample": self.sample,
             "kind": self.kind,
             "counts": list(self.ratio.counts) if self.ratio else None,
+            **({"settings": [list(pair) for pair in self.settings]} if self.settings else {}),
+            **({"fidelity": self.fidelity} if self.fidelity != 1 else {}),
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "SampleSpec":
         ratio = Ratio(counts=tuple(data["counts"])) if data["counts"] is not None else None
-        return cls(trial=data["trial"], sample=data["sample"], kind=data["kind"], ratio=ratio)
+        return cls(
+            trial=data["trial"],
+            sample=data["sample"],
+            kind=data["kind"],
+            ratio=ratio,
+            settings=settings_from(data.get("settings", ())),
+            fidelity=data.get("fidelity", 1.0),
+        )
 
 
 BASE_TRIAL = -1
 CONFIRM_FIRST = 1_000_000
 """Confirmations are numbered from here, so that a study whose `n_trials` grows never collides with them."""
+CONFIRM_BASE = CONFIRM_FIRST - 1
+"""The untouched model, measured again as the finalists are."""
+CONFIRM_ANYWHERE = CONFIRM_FIRST + 900_000
+"""A ratio that no trial had before it was confirmed; the next number where the search has gone on since."""
 
 
 def trial_name(trial: int) -> str:
-    """`base`, `t0007` or `c0000`: a trial's name in folders, tables and figures."""
+    """`base`, `t0007`, `c0000` or `cbase`: a trial's name in folders, tables and figures."""
     if trial == BASE_TRIAL:
         return "base"
+    if trial == CONFIRM_BASE:
+        return "cbase"
     if trial >= CONFIRM_FIRST:
         return f"c{trial - CONFIRM_FIRST:04d}"
     return f"t{trial:04d}"
@@ -219,6 +262,25 @@ class Observation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PastRun:
+    """One experiment from before the study, told to its search: `duet import-runs`."""
+
+    counts: tuple[int, ...]
+    """Rows per domain on the study's lattice, in its domain order."""
+    value: float
+    """In the user's own direction."""
+    sem: float | None = None
+    """Standard error of `value` where it is known."""
+    fidelity: float = 1.0
+    source: str = ""
+    """Where it was read: `runs.csv:7`."""
+
+    @property
+    def ratio(self) -> Ratio:
+        return Ratio(counts=self.counts)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Trial:
     """One ratio with its k samples, as the store holds it."""
 
@@ -232,6 +294,26 @@ class Trial:
     observation: Observation | None = None
     reason: str | None = None
     """Why a failed trial has no observation."""
+    settings: Settings = ()
+    fidelity: float = 1.0
+    k: int | None = None
+    """How many samples it was given, where that differs between trials; None: `sampling.k`."""
+
+    @property
+    def point(self) -> Point:
+        assert self.ratio is not None, "the untouched model is no point of the search"
+        return Point(ratio=self.ratio, settings=self.settings, fidelity=self.fidelity)
+
+    def spec(self, sample: int) -> SampleSpec:
+        """The name of one of its samples."""
+        return SampleSpec(
+            trial=self.number,
+            sample=sample,
+            kind=self.kind,
+            ratio=self.ratio,
+            settings=self.settings,
+            fidelity=self.fidelity,
+        )
 
     @property
     def name(self) -> str:

@@ -9,7 +9,7 @@ import hashlib
 
 import numpy as np
 
-PURPOSES = ("split", "start", "propose", "draw", "train", "evaluate", "select")
+PURPOSES = ("split", "start", "settings", "propose", "draw", "train", "evaluate", "select", "insight")
 """The purposes in use. A new purpose is added here, so that two uses never share a stream by accident."""
 
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from duet_ray.config import StudyConfig, config_from, differences
 from duet_ray.errors import DuetError, StoreError, StudyChanged
@@ -23,10 +23,14 @@ from duet_ray.execution.study_run import Paused, SilentWatcher, StudyRun, Watche
 from duet_ray.execution.worker import Assignment, load_draws, mixture_of
 from duet_ray.mixture import rows_digest
 from duet_ray.preflight import Preflight, preflight, resolved_values
-from duet_ray.records import SampleSpec, Trial
+from duet_ray.records import SampleResult, Trial
 from duet_ray.report.scores import domain_scores
 from duet_ray.report.summary import StudySummary
+from duet_ray.search.past_runs import ImportedRuns, RunColumns, imported_runs, read_runs
 from duet_ray.store import Store, StudyRecord
+
+if TYPE_CHECKING:
+    from duet_ray.search.insight import Insight
 
 LIBRARIES = ("duet-ray", "ray", "ax-platform", "botorch", "torch", "transformers", "peft", "lm-eval", "datasets")
 
@@ -72,6 +76,54 @@ class Study:
             run.score()
         return ready
 
+    def import_runs(
+        self,
+        path: str | Path,
+        columns: RunColumns | None = None,
+        *,
+        outside: Literal["skip", "error"] = "skip",
+        dry_run: bool = False,
+        watcher: Watcher | None = None,
+    ) -> ImportedRuns:
+        """Tell the search of experiments from before the study. What was imported already has no effect.
+
+        Args:
+            path: a CSV with a column of shares per domain and one of values; see `read_runs`.
+            outside: leave out runs outside the bounds and constraints, or refuse the file.
+            dry_run: check everything and write nothing.
+
+        Raises:
+            DataError: the file is not sound, or none of its runs lies within the bounds and constraints.
+            StudyLocked: the study is running.
+            StudyChanged: as `run` does.
+        """
+        table = read_runs(path, self.config, columns)
+        on_stage = (watcher or SilentWatcher()).phase
+        if dry_run:
+            store = Store(self.folder) if (self.folder / "study.db").is_file() else None
+            try:
+                record = self._check_config(store) if store is not None else None
+                ready = preflight(self.config, known=record.resolved if record else {}, on_stage=on_stage)
+                return imported_runs(table, ready.space, store.past_runs() if store else (), outside)
+            finally:
+                if store is not None:
+                    store.close()
+        store = Store(self.folder, create=True)
+        try:
+            with store.writing():
+                record = self._check_config(store)
+                ready = preflight(self.config, known=record.resolved if record else {}, on_stage=on_stage)
+                found = imported_runs(table, ready.space, store.past_runs(), outside)
+                self._start(store, ready)
+                # What `auto` stands for is found where the study runs, which may be another machine.
+                store.update_study(
+                    status=record.status if record else "new", resolved=record.resolved if record else {}
+                )
+                store.add_past_runs(list(found.new))
+                return found
+        finally:
+            store.close()
+
     def run(self, watcher: Watcher | None = None) -> StudySummary:
         """Run the study, or go on with it, to its end.
 
@@ -96,7 +148,7 @@ class Study:
         return read_summary(self.folder)
 
     def best(self) -> Trial:
-        """The trial to go with: the best observation, or the best confirmed finalist once there are confirmations.
+        """The trial to go with: the best by the search's model, or the best confirmed one once there are confirmations.
 
         Raises:
             DuetError: no trial has an observation.
@@ -107,6 +159,17 @@ class Study:
         if best is None:
             raise DuetError(f"study {self.config.name} has no observation yet")
         return best
+
+    def insight(self) -> "Insight":
+        """What the search has learnt of the domains. Loads torch and BoTorch.
+
+        Raises:
+            StoreError: the study has not started.
+            DuetError: it has no observation yet.
+        """
+        from duet_ray.report.learned import insight_of
+
+        return insight_of(self.summary())
 
     def write_report(self) -> Path:
         """Write `report.html` and the figures into the study's folder, and return the page's path."""
@@ -121,14 +184,9 @@ class Study:
             DuetError: there is no best sample yet, its adapter is gone, or the folder is not empty.
         """
         from duet_ray.report.export import export_best
-        from duet_ray.report.summary import best_sample
 
-        best = self.best()
-        assert best.observation is not None
-        spec = SampleSpec(trial=best.number, sample=best.observation.best_sample, kind=best.kind, ratio=best.ratio)
-        sample = best_sample(best)
-        assert sample is not None
-        adapter = self.folder / (sample.adapter or "")
+        sample = self._handed_over(self.best())
+        spec, adapter = sample.spec, self.folder / (sample.adapter or "")
         if sample.adapter is None or not adapter.is_dir():
             raise DuetError(f"the model of {spec.key} is not at {adapter}; it was moved or deleted")
         ready = preflight(self.config)
@@ -149,10 +207,27 @@ class Study:
             texts=lambda domain, rows: ready.domains[domain].train.texts(list(rows)),
             rows=mixture,
             adapter=adapter,
+            sample=sample,
             overwrite=overwrite,
         )
 
     # ------------------------------------------------------------------------------------------------------------
+
+    def _handed_over(self, trial: Trial) -> SampleResult:
+        """The sample whose model stands for a trial: its best one.
+
+        Where that was deleted in the course of the search, since others looked better then, it is the best of its
+        confirmations: another model of the same point.
+        """
+        from duet_ray.report.summary import best_sample, confirmations
+
+        best = best_sample(trial, self.config.direction)
+        assert best is not None, "it has a value"
+        if best.adapter is None or (self.folder / best.adapter).is_dir():
+            return best
+        again = [s for t in confirmations(self.summary()) if t.point == trial.point for s in t.samples]
+        there = [s for s in again if s.value is not None and s.adapter and (self.folder / s.adapter).is_dir()]
+        return min(there, key=lambda s: self.config.direction.to_loss(s.value or 0.0), default=best)
 
     @contextmanager
     def _session(

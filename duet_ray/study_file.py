@@ -1,6 +1,6 @@
 """The text of a study file: YAML with the line of every key, overrides, and errors in words a user can act on.
 
-What a study file may hold is said in `config.py`; how it is read, and how a mistake in it is explained, is said here.
+What a study file may hold is said in `config/`; how it is read, and how a mistake in it is explained, is said here.
 """
 
 import difflib
@@ -14,17 +14,12 @@ from pydantic import BaseModel
 from duet_ray.errors import ConfigError, Problem
 
 LATER: Mapping[str, str] = {
-    "search.also": "searching training settings beside the ratio is not built yet: set them under `training`",
-    "search.constraints": "linear constraints over domains are not built yet: use `bounds` on a domain",
-    "search.fidelity": "multi-fidelity search is not built yet",
     "search.asynchronous": "asynchronous search is not built yet: use `concurrent_trials`",
     "store": "only SQLite in the study's folder is built yet: remove `store`",
 }
 """Keys of later versions: refused with a reason, so that nobody thinks they had an effect."""
 
 PLANNED: Mapping[str, Sequence[str]] = {
-    "search.acquisition": ("ei", "kg", "thompson"),
-    "search.kernel": ("matern", "ard", "auto", "compositional"),
     "feedback.kind": ("deferred",),
 }
 """Values of later versions, by key."""
@@ -116,6 +111,15 @@ def explain(item: Any, data: Any, root: type[BaseModel], kinds: Mapping[str, typ
     return where, f"{message}, got {_short(given)}"
 
 
+def either(one: str, other: str) -> str:
+    """Two messages about a value that may be one thing or another, in one sentence."""
+    head, separator, given = one.rpartition(", got ")
+    other_head, _, other_given = other.rpartition(", got ")
+    if separator and given == other_given:
+        return f"{head}, or {other_head.removeprefix('must be ')}, got {given}"
+    return f"{one}; or {other}"
+
+
 def _wrong_choice(where: str, given: Any, expected: str, choices: Sequence[str]) -> tuple[str, str]:
     planned = PLANNED.get(where, ())
     hint = f" ({given} is planned and not built yet)" if given in planned else _close(given, choices)
@@ -141,7 +145,7 @@ def _real_location(location: Sequence[int | str], data: Any) -> list[int | str]:
         if in_list or (isinstance(data, Mapping) and part in data):
             data, keep = data[part], True
         else:
-            keep = last and isinstance(data, Mapping)
+            keep = last and isinstance(data, Mapping) and "[" not in str(part)  # `literal['a']` names a kind, no key
         if keep:
             kept.append(part)
     return kept

@@ -61,7 +61,8 @@ def test_every_problem_at_once_with_path_line_and_suggestion(tmp_path: Path) -> 
         "domains[0].sorce: unknown key; did you mean `source`? (study.yaml line 4)",
         "domains[0].source: is required and missing (study.yaml line 4)",
         "domains[1].bounds: must be 0 <= low <= high <= 1 with high > 0, got [0.5, 0.1] (study.yaml line 7)",
-        "search.beta: must be a valid number, unable to parse string as a number, got 'high' (study.yaml line 8)",
+        "search.beta: must be a valid number, unable to parse string as a number, or 'theory', got 'high' "
+        "(study.yaml line 8)",
         "search.n_trails: unknown key; did you mean `n_trials`? (study.yaml line 8)",
         "feedback.direction: must be 'minimize' or 'maximize', got 'up' (study.yaml line 9)",
     ]
@@ -87,7 +88,7 @@ MISTAKES = [
     (SEARCH, "sampling: {k: 2, min_samples: 3}", "sampling.min_samples: must be <= sampling.k = 2, got 3"),
     (SEARCH, "sampling: {racing: {at: [0.5, 0.2]}}", "sampling.racing.at: must be rising shares between 0 and 1"),
     (SEARCH, "store: postgresql://x", "store: only SQLite in the study's folder is built yet"),
-    (SEARCH, "search: {kernel: matern}", "(matern is planned and not built yet)"),
+    (SEARCH, "search: {kernel: maternn}", "did you mean `matern`?"),
     (SEARCH, "training: {fuse: 0}", "training.fuse"),
     (SEARCH, "training: {fuse: 2}", "training.fuse: must be <= sampling.k = 1, got 2"),
     (SEARCH, "training: {method: full, fuse: 2}", "only adapters train in one pass, not training.method: full"),

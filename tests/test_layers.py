@@ -9,9 +9,9 @@ PACKAGE = Path(__file__).parent.parent / "duet_ray"
 
 FLOORS: list[set[str]] = [
     {"errors", "files"},
-    {"records", "seeds", "study_file", "theory"},
+    {"linear", "records", "requirements", "seeds", "study_file", "theory"},
     {"config"},
-    {"domains", "likelihood", "mixture", "reduce", "store"},
+    {"budget", "domains", "likelihood", "mixture", "reduce", "store"},
     {"training", "feedback"},
     {"selection", "search"},
     {"preflight", "execution", "report"},

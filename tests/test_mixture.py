@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from duet_ray.errors import RatioError
-from duet_ray.mixture import RowOrder, draw_in_order, draw_mixture, draw_rows, rows_digest, rows_per_domain
+from duet_ray.mixture import RowOrder, at_fidelity, draw_in_order, draw_mixture, draw_rows, rows_digest, rows_per_domain
 from duet_ray.records import Ratio
 
 
@@ -136,3 +136,35 @@ def test_orders_and_probabilities_stand_side_by_side_in_a_mixture() -> None:
     ]
     assert all(m.rows[0].tolist() == [4, 2] for m in mixtures)
     assert len({tuple(m.rows[1].tolist()) for m in mixtures}) > 1
+
+
+@pytest.mark.parametrize(
+    ("counts", "fidelity", "expected"),
+    [
+        ((12, 6, 6), 0.5, (6, 3, 3)),
+        ((10, 10, 4), 0.25, (3, 2, 1)),  # 6 rows; exactly 2.5, 2.5, 1
+        ((23, 1, 0), 0.1, (2, 0, 0)),  # 2.4 → 2 rows; exactly 1.92, 0.08
+        ((1, 1, 1), 0.01, (1, 0, 0)),  # never none
+        ((0, 7, 0), 0.5, (0, 4, 0)),  # 3.5 is rounded up
+    ],
+)
+def test_a_cheap_look_has_the_same_ratio(counts, fidelity, expected):
+    assert at_fidelity(Ratio(counts=counts), fidelity).counts == expected
+
+
+def test_a_whole_trial_is_the_ratio_itself_and_no_cheap_one_asks_for_more_rows():
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        ratio = Ratio(counts=(1, *generator.integers(0, 50, size=4).tolist()))
+        assert at_fidelity(ratio, 1.0) is ratio
+        fidelity = float(generator.uniform(0.001, 1))
+        cheap = at_fidelity(ratio, fidelity)
+        assert cheap.n_rows == max(1, int(fidelity * ratio.n_rows + 0.5))
+        assert all(few <= many for few, many in zip(cheap.counts, ratio.counts, strict=True))
+        assert np.abs(np.array(cheap.counts) - fidelity * np.array(ratio.counts)).max() < 1.5
+
+
+@pytest.mark.parametrize("fidelity", [0.0, -0.1, 1.01, float("nan")])
+def test_a_fidelity_is_a_share(fidelity):
+    with pytest.raises(RatioError, match="a fidelity is a share of the rows"):
+        at_fidelity(Ratio(counts=(1, 1)), fidelity)

@@ -13,6 +13,8 @@ from duet_ray.theory import (
     TheoryError,
     TruncatedExponential,
     _difference_cdf,
+    _distance,
+    _spacings,
     a_of,
     fit_spacings,
     goodness_of_fit,
@@ -324,3 +326,31 @@ def test_the_bootstrap_is_seeded() -> None:
     first = goodness_of_fit(groups, fit, n_bootstrap=19, seed=3)
     assert goodness_of_fit(groups, fit, n_bootstrap=19, seed=3) == first
     assert first.tenable == (first.p_value > 0.05)
+
+
+@pytest.mark.parametrize("draw", ["exponential", "normal"])
+def test_a_test_that_stops_early_gives_the_same_verdict(draw: str) -> None:
+    generator = np.random.default_rng(11)
+    groups = [getattr(generator, draw)(size=20) for _ in range(5)]
+    fit = fit_spacings(groups)
+    whole = goodness_of_fit(groups, fit, n_bootstrap=39, seed=2)
+    short = goodness_of_fit(groups, fit, n_bootstrap=39, seed=2, stop_when_tenable=True)
+    assert short.tenable == whole.tenable == (draw == "exponential")
+    assert short.p_value <= whole.p_value
+
+
+def test_a_fit_without_intervals_is_the_same_law() -> None:
+    groups = [np.random.default_rng(12).exponential(size=6) for _ in range(4)]
+    fast = fit_spacings(groups, intervals=False)
+    assert fast.law == fit_spacings(groups).law
+    assert math.isnan(fast.rate_interval[0])
+    assert math.isnan(fast.cut_interval[1])
+
+
+def test_groups_of_different_size_are_compared_with_their_own_law() -> None:
+    """Cramér and von Mises's distance against scipy's, of the differences of groups of 2 and of 4."""
+    law, generator = TruncatedExponential(rate=1.5, cut=1.0), np.random.default_rng(13)
+    groups = [np.sort(law.sample(generator, k)) for k in (4, 2, 4, 2, 2)]
+    parts = [_difference_cdf(v[1:] - v[0], law, len(v)) for v in groups]
+    expected = stats.cramervonmises(np.concatenate(parts), "uniform").statistic
+    assert _distance(_spacings(groups), law) == pytest.approx(expected)

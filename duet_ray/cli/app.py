@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from duet_ray.cli import export, init, report, run, score, status, validate
+from duet_ray.cli import export, import_runs, init, report, run, score, status, validate
 from duet_ray.cli.console import fail
 from duet_ray.errors import ConfigError, DuetError
 
@@ -16,8 +16,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (init, validate, score, run, status, report, export):
-    app.command(name=verb.__name__.rsplit(".", 1)[-1])(verb.command)
+for verb in (init, validate, import_runs, score, run, status, report, export):
+    app.command(name=verb.__name__.rsplit(".", 1)[-1].replace("_", "-"))(verb.command)
 
 
 def main() -> None:

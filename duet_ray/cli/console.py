@@ -1,6 +1,7 @@
 """What the verbs share: consoles, options, and opening a study by its file or its folder."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,6 +35,11 @@ def say(message: str) -> None:
 
 def print_json(data: Any) -> None:
     typer.echo(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+
+
+def command_line(verb: str, study: Path, overrides: list[str] | None) -> str:
+    """The command to type next, quoted for a shell."""
+    return shlex.join(["duet", verb, str(study), *(part for text in overrides or [] for part in ("--set", text))])
 
 
 def open_study(place: Path, overrides: list[str] | None = None) -> "Study":

@@ -9,6 +9,7 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
+from duet_ray.budget import n_confirmations, n_samples, searched, spent
 from duet_ray.cli.console import err
 from duet_ray.cli.scoring_progress import ScoringProgress
 from duet_ray.config import StudyConfig
@@ -207,14 +208,16 @@ class _StudyReader:
 
 
 def seconds_left(config: StudyConfig, summary: Any) -> float | None:
-    """How long the rest will take if samples stay as quick as they were; None before the first one."""
+    """How long the rest will take, at most, if samples stay as quick as they were; None before the first one."""
     samples = [s for t in summary.trials if t.ratio is not None for s in t.samples if s.ok]
     if not samples:
         return None
-    mean = sum(s.train_seconds + s.feedback_seconds for s in samples) / len(samples)
-    n_trained = sum(len(t.samples) for t in summary.trials if t.kind in ("start", "search"))
+    mean = sum(s.train_seconds + s.feedback_seconds for s in samples) / sum(s.spec.fidelity for s in samples)
+    # All in whole samples: one on a quarter of the rows is a quarter of one.
+    left = (config.n_planned_trials - spent(summary.trials)) * config.sampling.k_most
+    under_way = [t for t in searched(summary.trials) if t.status == "pending"]
+    left = max(0.0, left) + sum((n_samples(t, config) - len(t.samples)) * t.fidelity for t in under_way)
     n_confirmed = sum(len(t.samples) for t in summary.trials if t.number >= CONFIRM_FIRST)
-    n_to_confirm = (config.confirm.finalists + 1) * config.confirm.repeats if config.confirm.finalists else 0
-    left = max(0, config.n_planned_trials * config.sampling.k - n_trained) + max(0, n_to_confirm - n_confirmed)
-    at_once = min(config.fleet.groups, config.sampling.k * config.search.concurrent_trials)
+    left += max(0, n_confirmations(config) - n_confirmed)
+    at_once = min(config.fleet.groups, config.sampling.k_most * config.search.concurrent_trials)
     return mean * left / at_once

@@ -1,13 +1,12 @@
 """`duet run`: run a study to its end, or go on with it."""
 
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from duet_ray.cli.console import AsJson, Overrides, StudyFile, err, open_study, print_json, say
+from duet_ray.cli.console import AsJson, Overrides, StudyFile, command_line, err, open_study, print_json, say
 from duet_ray.cli.live import LiveWatcher, LogWatcher
 from duet_ray.execution.study_run import Paused
 
@@ -28,7 +27,7 @@ def command(
         with watcher:
             summary = opened.run(watcher)
     except (Paused, KeyboardInterrupt):
-        say(f"paused; everything finished is kept. To go on: {_command_line('run', study, set_)}")
+        say(f"paused; everything finished is kept. To go on: {command_line('run', study, set_)}")
         sys.exit(130)
     page = opened.write_report()
     if as_json:
@@ -61,12 +60,7 @@ def _finish(opened: Any, summary: Any, page: Path, study: Path, overrides: list[
     others = [text for text in overrides or [] if not text.startswith("search.n_trials=")]
     say("")
     say("next:")
-    say(f"  {_command_line('export', study, overrides)} --out best")
+    say(f"  {command_line('export', study, overrides)} --out best")
     say("      the model and the rows it was trained on, ready to load")
-    say(f"  {_command_line('run', study, [*others, f'search.n_trials={n_more}'])}")
+    say(f"  {command_line('run', study, [*others, f'search.n_trials={n_more}'])}")
     say("      search on from here")
-
-
-def _command_line(verb: str, study: Path, overrides: list[str] | None) -> str:
-    """The command to type, quoted for a shell."""
-    return shlex.join(["duet", verb, str(study), *(part for text in overrides or [] for part in ("--set", text))])

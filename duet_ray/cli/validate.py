@@ -1,11 +1,14 @@
 """`duet validate`: find in seconds what would otherwise fail after an hour."""
 
+import math
 from typing import Any
 
 from rich.table import Table
 
+from duet_ray.budget import cheapest
 from duet_ray.cli.console import AsJson, Overrides, StudyFile, open_study, out, print_json, say
 from duet_ray.cli.live import LogWatcher
+from duet_ray.config import AlsoConfig, StudyConfig
 
 
 def command(study: StudyFile, set_: Overrides = None, as_json: AsJson = False) -> None:
@@ -24,14 +27,41 @@ def command(study: StudyFile, set_: Overrides = None, as_json: AsJson = False) -
     for note in (*ready.notes, *resources):
         say(f"note: {note}")
     config = ready.config
-    n_samples = config.n_planned_trials * config.sampling.k
-    say(
-        f"plan: ({config.search.n_start} start ratios + {config.search.n_trials} Bayesian trials) × k = "
-        f"{config.sampling.k} make {n_samples} trainings of {config.mixture.n_rows} rows, "
-        f"{config.fleet.groups} at a time"
-    )
+    for line in _plan(config):
+        say(f"plan: {line}")
     say(f"time: {estimate.describe()}" if estimate else "time: not known, since what it will run on is not here")
     say(f"{config.name} is ready: duet run {study}")
+
+
+def _plan(config: StudyConfig) -> list[str]:
+    """How many trainings the study is, and what is searched beside the ratio."""
+    search, sampling = config.search, config.sampling
+    k, trials = str(sampling.k), f"({search.n_start} start ratios + {search.n_trials} Bayesian trials)"
+    at_most = ""
+    if sampling.k == "auto":
+        k, at_most = f"{sampling.k_bounds[0]} to {sampling.k_bounds[1]}", "at most "
+    n_samples = config.n_planned_trials * sampling.k_most
+    lines = [
+        f"{trials} × k = {k} make {at_most}{n_samples} trainings of {config.mixture.n_rows} rows, "
+        f"{config.fleet.groups} at a time"
+    ]
+    if search.fidelity is not None:
+        shares = ", ".join(f"{share:g}" for share in search.fidelity.rows)
+        most = 1 + math.floor((config.n_planned_trials - 1) / cheapest(config) + 1e-9)
+        lines.append(
+            f"cheap trials train on {shares} of these rows and count as much of one: there may be up to {most} trials"
+        )
+    if search.also:
+        what = "searched at one ratio" if search.optimize == "model" else "searched with the ratio"
+        lines.append(f"{what}: {', '.join(f'{path} {_said(values)}' for path, values in search.also.items())}")
+    return lines
+
+
+def _said(values: AlsoConfig) -> str:
+    if values.choices is not None:
+        return " or ".join("all" if choice is None else str(choice) for choice in values.choices)
+    low, high = values.log or values.range or (0.0, 0.0)
+    return f"{low:g} to {high:g}"
 
 
 def _resource_problems(config: Any) -> list[str]:

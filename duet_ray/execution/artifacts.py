@@ -17,9 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from duet_ray.budget import n_samples, searched
 from duet_ray.config import StudyConfig
+from duet_ray.execution.finalists import best_trials, finalists
 from duet_ray.files import write_json
-from duet_ray.records import CONFIRM_FIRST, Ratio, SampleResult, SampleSpec, Trial, trial_name
+from duet_ray.records import CONFIRM_ANYWHERE, CONFIRM_FIRST, SampleResult, SampleSpec, trial_name
 from duet_ray.store import Store
 
 log = logging.getLogger(__name__)
@@ -90,9 +92,8 @@ def adopt_finished(config: StudyConfig, store: Store) -> None:
     """Store the samples that finished while no driver was there to see it."""
     for trial in store.trials():
         known = {sample.spec.sample for sample in trial.samples}
-        n_samples = {"base": 1, "confirm": config.confirm.repeats}.get(trial.kind, config.sampling.k)
-        for sample in range(n_samples):
-            spec = SampleSpec(trial=trial.number, sample=sample, kind=trial.kind, ratio=trial.ratio)
+        for sample in range(n_samples(trial, config)):
+            spec = trial.spec(sample)
             if sample in known:
                 continue
             result = read_result(sample_folder(config.study_folder, spec))
@@ -102,9 +103,11 @@ def adopt_finished(config: StudyConfig, store: Store) -> None:
 
 
 def prune_adapters(config: StudyConfig, store: Store) -> None:
-    """Delete all adapters but those that may be handed over; results stay.
+    """Delete all models but those that may be handed over; results stay.
 
-    Kept are the best `keep_best` samples, and the best sample of every ratio that is, was or will be confirmed.
+    Kept are the best `keep_best` samples, and the best sample of every point that is, was or will be confirmed, where
+    it was trained on all rows. Which those are is known for good only when the search is over: of a finalist whose
+    model is gone by then, the best confirmation is kept in its place.
     """
     on_disk = store.kept_artifacts()  # Before the trials: a sample stored in between is not judged yet.
     trials = store.trials()
@@ -114,32 +117,26 @@ def prune_adapters(config: StudyConfig, store: Store) -> None:
         for s in t.samples
         if s.value is not None
     }
-    confirmed = {t.number - CONFIRM_FIRST for t in trials if t.kind == "confirm"}
-    finalists = best_trials(trials, config, max(1, config.confirm.finalists))
-    handed_over = confirmed | {0} | {t.number for t in finalists}
-    keep = {
-        (t.number, t.observation.best_sample) for t in trials if t.number in handed_over and t.observation is not None
-    }
-    searched = sorted((k for k in on_disk if k[0] < CONFIRM_FIRST and k in values), key=lambda k: (values[k], k))
-    keep |= set(searched[: config.keep_best])
+    confirmed = {t.number - CONFIRM_FIRST for t in trials if CONFIRM_FIRST <= t.number < CONFIRM_ANYWHERE}
+    likely = best_trials(trials, config, max(1, config.confirm.finalists))
+    again = finalists(trials, store.ranking()[0], config)
+    handed_over = confirmed | {t.number for t in (*again, *likely)}
+    keep = set()
+    for trial in trials:
+        if trial.observation is not None and (trial.number in handed_over or trial.number >= CONFIRM_ANYWHERE):
+            keep.add((trial.number, trial.observation.best_sample))
+    for number in confirmed:
+        if not any(key[0] == number and key in keep for key in on_disk):
+            of_confirmation = [key for key in on_disk if key[0] == CONFIRM_FIRST + number and key in values]
+            keep |= set(sorted(of_confirmation, key=lambda k: (values[k], k))[:1])
+    whole = {t.number for t in searched(trials) if t.fidelity == 1}
+    candidates = sorted((k for k in on_disk if k[0] in whole and k in values), key=lambda k: (values[k], k))
+    keep |= set(candidates[: config.keep_best])
     judged = {t.number for t in trials if t.status != "pending"}
     for key, path in on_disk.items():
         if key not in keep and key[0] in judged:
             shutil.rmtree(config.study_folder / path, ignore_errors=True)
             store.drop_artifact(*key)
-
-
-def best_trials(trials: Sequence[Trial], config: StudyConfig, n: int) -> list[Trial]:
-    """The `n` best trials of the start design and the search that have different ratios, best first."""
-    observed = [t for t in trials if t.kind in ("start", "search") and t.observation is not None]
-    observed.sort(key=lambda t: (config.direction.to_loss(t.observation.value), t.number))  # type: ignore[union-attr]
-    best: list[Trial] = []
-    seen: set[Ratio | None] = set()
-    for trial in observed:
-        if trial.ratio not in seen:
-            seen.add(trial.ratio)
-            best.append(trial)
-    return best[:n]
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -13,19 +13,22 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
+from duet_ray.budget import is_spent, n_samples
 from duet_ray.config import StudyConfig
 from duet_ray.errors import ResourceError
+from duet_ray.execution.trial import as_config
 from duet_ray.records import Trial, TrialKind
 from duet_ray.reduce import failure_reason, reduce_samples
-from duet_ray.search import Proposer, Told
+from duet_ray.search import Proposer
+from duet_ray.search.told import told_of, told_of_run
 from duet_ray.store import Store
 
 
 class StudySearcher(Searcher):
-    """Suggests the study's next ratio, and records what came of it.
+    """Suggests the study's next point, and records what came of it.
 
     Args:
-        proposer: makes a ratio from (trial, told, pending).
+        proposer: makes a point from (trial, told, pending).
         store: where trials and observations are read and written.
         on_change: called after a trial was suggested or ended.
         before_reduce: called before a trial's samples are reduced, to store those that have just ended.
@@ -65,16 +68,9 @@ class StudySearcher(Searcher):
             if number not in trials:
                 trials[number] = self._propose(number, trials)
             trial = trials[number]
-            assert trial.ratio is not None
-            known = {sample.spec.sample for sample in trial.samples}
             self._running[trial_id] = number
             self._on_change()
-            return {
-                "trial": number,
-                "kind": trial.kind,
-                "counts": list(trial.ratio.counts),
-                "missing": [sample for sample in range(self._config.sampling.k) if sample not in known],
-            }
+            return as_config(trial, n_samples(trial, self._config))
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Reduce the samples that the store has to the trial's observation, or its failure.
@@ -89,7 +85,7 @@ class StudySearcher(Searcher):
             self._before_reduce()
             trial = next(t for t in self._store.trials() if t.number == number)
             sampling = self._config.sampling
-            if len(trial.samples) == sampling.k:
+            if len(trial.samples) == n_samples(trial, self._config):
                 observation = reduce_samples(trial.samples, self._config.direction, min_samples=sampling.min_samples)
                 if observation is not None:
                     self._store.add_observation(number, observation)
@@ -120,29 +116,44 @@ class StudySearcher(Searcher):
 
     def _next(self, trials: dict[int, Trial]) -> int | None:
         """The lowest trial that has neither ended nor is under way."""
-        for number in range(self._config.n_planned_trials):
-            known = trials.get(number)
-            if number not in self._running.values() and (known is None or known.status == "pending"):
+        for number in sorted(trials):
+            if trials[number].status == "pending" and number not in self._running.values():
                 return number
-        return None
+        return None if is_spent(list(trials.values()), self._config) else len(trials)
 
     def _propose(self, number: int, trials: dict[int, Trial]) -> Trial:
         horizon = number - self._config.search.concurrent_trials
-        told, pending = [], []
+        told, pending = [told_of_run(run, self._config) for run in self._store.past_runs()], []
         for other in sorted(trials):
             trial = trials[other]
-            if other >= number or trial.ratio is None:
+            if other >= number:
                 continue
             if other > horizon or trial.status == "failed":
-                # A failed ratio has taught nothing, but proposing it again would fail again.
-                pending.append(trial.ratio)
-            elif trial.observation is not None:
-                loss = self._config.direction.to_loss(trial.observation.value)
-                told.append(Told(ratio=trial.ratio, loss=loss, sem=trial.observation.sem))
+                # A failed point has taught nothing, but proposing it again would fail again.
+                pending.append(trial.point)
+            elif (seen := told_of(trial, self._config)) is not None:
+                told.append(seen)
         proposal = self._proposer.propose(number, told, pending)
-        kind: TrialKind = "start" if number < self._config.search.n_start else "search"
-        self._store.add_trial(number, kind, proposal.ratio, proposal.method)
-        return Trial(number=number, kind=kind, ratio=proposal.ratio, status="pending", method=proposal.method)
+        kind: TrialKind = "start" if number < self._config.search.n_start_trials else "search"
+        self._store.add_trial(
+            number,
+            kind,
+            proposal.ratio,
+            proposal.method,
+            settings=proposal.settings,
+            fidelity=proposal.fidelity,
+            k=proposal.k,
+        )
+        return Trial(
+            number=number,
+            kind=kind,
+            ratio=proposal.ratio,
+            status="pending",
+            method=proposal.method,
+            settings=proposal.settings,
+            fidelity=proposal.fidelity,
+            k=proposal.k,
+        )
 
 
 def _all_ended(trials: dict[int, Trial], last: int) -> bool:

@@ -16,17 +16,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from duet_ray.budget import n_left, n_samples, searched
 from duet_ray.config import StudyConfig
 from duet_ray.errors import DuetError, ResourceError, SelectionError, StudyFailed
 from duet_ray.execution.artifacts import (
     adopt_finished,
-    best_trials,
     clear_ended,
     leave_result,
     prune_adapters,
     sample_folder,
 )
 from duet_ray.execution.broker import InFlight, Outcome, Task, start_broker
+from duet_ray.execution.finalists import store_order, to_confirm
 from duet_ray.execution.fleet import Fleet, end_process, ray_session
 from duet_ray.execution.trial import (
     TrialPlan,
@@ -37,9 +38,10 @@ from duet_ray.execution.trial import (
     scoring_tasks,
 )
 from duet_ray.execution.worker import Assignment
-from duet_ray.records import BASE_TRIAL, CONFIRM_FIRST, Trial
+from duet_ray.records import BASE_TRIAL, CONFIRM_ANYWHERE, Trial
 from duet_ray.reduce import failure_reason, reduce_samples
 from duet_ray.search import Proposer, SimplexSpace
+from duet_ray.search.told import metric_losses
 from duet_ray.selection import n_shards
 from duet_ray.store import Store
 
@@ -143,12 +145,18 @@ class StudyRun:
         adopt_finished(self.config, self.store)
         if self._n_to_search() == 0:
             self._fail_if_nothing_observed()
+            self._put_in_order()
         if self._is_complete():
             return
-        with self._on_the_fleet():
-            self._measure_base_and_score()
-            self._search()
-            self._confirm()
+        try:
+            with self._on_the_fleet():
+                self._measure_base_and_score()
+                self._search()
+                self._put_in_order()
+                self._confirm()
+        except Paused:
+            self._put_in_order()
+            raise
 
     def score(self) -> None:
         """Weigh the rows of every domain that has no stored weights; raises as `run` does."""
@@ -219,7 +227,7 @@ class StudyRun:
         self.store.add_trial(BASE_TRIAL, "base", None, "base")
         trial = self._trial(BASE_TRIAL)
         assert trial is not None
-        return [] if trial.status == "done" else sample_tasks(BASE_TRIAL, "base", None, [0])
+        return [] if trial.status == "done" else sample_tasks(trial, [0])
 
     def _observe_base(self) -> None:
         trial = self._trial(BASE_TRIAL)
@@ -240,12 +248,12 @@ class StudyRun:
 
         from duet_ray.execution.searcher import StudySearcher
 
-        n_left = self._n_to_search()
-        if not n_left:
+        n_trials = self._n_to_search()
+        if not n_trials:
             return
         self.watcher.phase("searching")
         searcher = StudySearcher(
-            Proposer(self.space, self.config.search, self.config.seed),
+            self._proposer(),
             self.config,
             self.store,
             on_change=self._trial_changed,
@@ -260,7 +268,7 @@ class StudyRun:
             ),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
-                num_samples=n_left,
+                num_samples=n_trials,
                 max_concurrent_trials=self.config.search.concurrent_trials,
                 reuse_actors=True,
             ),
@@ -291,49 +299,51 @@ class StudyRun:
         self._fail_if_nothing_observed()
 
     def _n_to_search(self) -> int:
-        """Planned trials that have not ended."""
-        ended = {t.number for t in self.store.trials() if t.status != "pending"}
-        return sum(number not in ended for number in range(self.config.n_planned_trials))
+        """Planned trials that have not ended; with fidelities, at most so many."""
+        return n_left(self.store.trials(), self.config)
+
+    def _proposer(self) -> Proposer:
+        base = self._trial(BASE_TRIAL)
+        metrics = metric_losses(base.samples[0], self.config) if base is not None and base.samples else {}
+        return Proposer.of(self.config, self.space, self.n_train, base=metrics)
 
     def _fail_if_nothing_observed(self) -> None:
-        trials = [t for t in self.store.trials() if t.kind in ("start", "search")]
+        trials = searched(self.store.trials())
         if all(t.status == "failed" for t in trials):
             reason = failure_reason([s for t in trials for s in t.samples]) or trials[0].reason
             raise StudyFailed(f"every trial failed: {reason}")
 
+    def _put_in_order(self) -> None:
+        """Store what the search's model says of the trials so far, and who is best."""
+        if any(t.observation is not None for t in searched(self.store.trials())):
+            store_order(self.store, self.config, self._proposer(), is_over=self._n_to_search() == 0)
+            self._trial_changed()
+
     def _confirm(self) -> None:
         """Train and measure the finalists and the uniform ratio again, with seeds that no trial has used."""
-        settings = self.config.confirm
-        if settings.finalists == 0:
-            return
         tasks: list[Task] = []
-        numbers = []
-        for trial in self._to_confirm():
-            number = CONFIRM_FIRST + trial.number
-            self.store.add_trial(number, "confirm", trial.ratio, f"confirm:{trial.name}")
-            known = self._trial(number)
-            done = {sample.spec.sample for sample in known.samples} if known else set()
-            every = range(settings.repeats)
+        confirmations = to_confirm(self.store, self.config)
+        for trial in confirmations:
+            self.store.add_trial(trial.number, "confirm", trial.ratio, trial.method, settings=trial.settings)
+            done = {sample.spec.sample for sample in trial.samples}
+            every = range(n_samples(trial, self.config))
             missing = [sample for sample in every if sample not in done]
-            tasks += sample_tasks(number, "confirm", trial.ratio, missing, of=every, fuse=self._plan.fuse)
-            numbers.append(number)
+            tasks += sample_tasks(trial, missing, of=every, fuse=self._plan.fuse)
         if tasks:
             self.watcher.phase("measuring the finalists again with fresh seeds")
             self._do_all([_at_once(tasks)])
-        for number in numbers:
+        for number in [trial.number for trial in confirmations]:
             confirmed = self._trial(number)
             assert confirmed is not None
-            if any(sample.ok for sample in confirmed.samples):
-                self.store.finish_trial(number)
-            else:
+            observation = reduce_samples(confirmed.samples, self.config.direction)
+            if observation is None:
                 self.store.fail_trial(number, failure_reason(confirmed.samples))
+            elif number >= CONFIRM_ANYWHERE and confirmed.observation is None:
+                # No trial before it has a model of this point: one of these is to be handed over.
+                self.store.add_observation(number, observation)
+            else:
+                self.store.finish_trial(number)
         self._trial_changed()
-
-    def _to_confirm(self) -> list[Trial]:
-        """The finalists, and the uniform ratio, which is trial 0."""
-        trials = self.store.trials()
-        again = best_trials(trials, self.config, self.config.confirm.finalists)
-        return again + [t for t in trials if t.number == 0 and t.ratio not in [a.ratio for a in again]]
 
     # Talking to the broker --------------------------------------------------------------------------------------
 
@@ -477,19 +487,16 @@ class StudyRun:
         base = trials.get(BASE_TRIAL)
         if self.unscored or self._n_to_search() or base is None or base.status != "done":
             return False
-        if self.config.confirm.finalists == 0:
-            return True
-        confirmed = [trials.get(CONFIRM_FIRST + t.number) for t in self._to_confirm()]
         return all(
-            t is not None and t.status != "pending" and len(t.samples) >= self.config.confirm.repeats for t in confirmed
+            t.status != "pending" and len(t.samples) >= n_samples(t, self.config)
+            for t in to_confirm(self.store, self.config)
         )
 
     @property
     def _plan(self) -> TrialPlan:
         fuse = self.config.training.fuse
         assert fuse != "auto", "it is resolved before the start"
-        sampling = self.config.sampling
-        return TrialPlan(k=sampling.k, fuse=fuse, racing=sampling.racing, direction=self.config.direction)
+        return TrialPlan(fuse=fuse, racing=self.config.sampling.racing, direction=self.config.direction)
 
     @property
     def _scratch(self) -> Path:

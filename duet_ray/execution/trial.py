@@ -18,7 +18,7 @@ from typing import Any
 from duet_ray.config import RacingConfig, n_kept
 from duet_ray.execution.artifacts import Comparison, leave_comparisons, read_comparisons, sample_folder
 from duet_ray.execution.broker import Outcome, Task
-from duet_ray.records import Direction, Ratio, SampleResult, SampleSpec, TrialKind
+from duet_ray.records import Direction, SampleResult, SampleSpec, Trial
 
 POLL_SECONDS = 0.1
 
@@ -27,7 +27,6 @@ POLL_SECONDS = 0.1
 class TrialPlan:
     """How the samples of a trial are made: the same for all trials of a study. Plain data."""
 
-    k: int
     fuse: int
     """Samples that train in one pass."""
     racing: RacingConfig | None
@@ -35,9 +34,7 @@ class TrialPlan:
 
 
 def sample_tasks(
-    trial: int,
-    kind: TrialKind,
-    ratio: Ratio | None,
+    trial: Trial,
     samples: Sequence[int],
     *,
     of: Sequence[int] | None = None,
@@ -51,7 +48,7 @@ def sample_tasks(
             which depend on nothing else.
         until: below 1: train until this share of the steps, and compare.
     """
-    specs = {s: SampleSpec(trial=trial, sample=s, kind=kind, ratio=ratio) for s in (of or samples)}
+    specs = {s: trial.spec(s) for s in (of or samples)}
     bundles = [tuple(bundle) for bundle in _cut(list(specs.values()), fuse)]
     bundle_of = {spec: bundle for bundle in bundles if len(bundle) > 1 for spec in bundle}
     tasks = []
@@ -94,26 +91,55 @@ def going_on(compared: Mapping[int, float | None], keep: float, direction: Direc
     return sorted(sample for _, sample in losses[: n_kept(len(losses), keep)])
 
 
+def as_config(trial: Trial, k: int) -> dict[str, Any]:
+    """A trial as the config of its Tune trial: plain data.
+
+    Args:
+        k: samples that it has in the end; `missing` are those to make.
+    """
+    known = {sample.spec.sample for sample in trial.samples}
+    return {
+        "trial": trial.number,
+        "spec": trial.spec(0).to_json(),
+        "k": k,
+        "missing": [sample for sample in range(k) if sample not in known],
+    }
+
+
+def _trial(config: Mapping[str, Any]) -> Trial:
+    """What `as_config` was given, as far as the samples' names need it."""
+    spec = SampleSpec.from_json(config["spec"])
+    return Trial(
+        number=spec.trial,
+        kind=spec.kind,
+        ratio=spec.ratio,
+        status="pending",
+        method="",
+        settings=spec.settings,
+        fidelity=spec.fidelity,
+    )
+
+
 def run_trial(config: Mapping[str, Any], *, broker_name: str, namespace: str, plan: TrialPlan) -> None:
     """The function trainable of a Tune trial.
 
     Args:
-        config: `trial`, `kind`, `counts` and `missing`, the samples to make, as the searcher suggested them.
+        config: as `as_config` makes it.
     """
     import ray
     from ray import tune
 
     broker = ray.get_actor(broker_name, namespace=namespace)
-    ratio = Ratio(counts=tuple(config["counts"]))
+    trial = _trial(config)
 
     def done(samples: Sequence[int], of: Sequence[int], until: float = 1.0) -> list[Outcome]:
-        tasks = sample_tasks(config["trial"], config["kind"], ratio, samples, of=of, fuse=plan.fuse, until=until)
+        tasks = sample_tasks(trial, samples, of=of, fuse=plan.fuse, until=until)
         ray.get(broker.submit.remote(tasks))
         while (outcomes := ray.get(broker.outcomes.remote([task.key for task in tasks]))) is None:
             time.sleep(POLL_SECONDS)
         return outcomes
 
-    racing = list(range(plan.k))
+    racing = list(range(config["k"]))
     compared: dict[int, list[Comparison]] = {sample: [] for sample in racing}
     for until in plan.racing.at if plan.racing else ():
         if len(racing) > 1:

@@ -5,17 +5,20 @@ What a task leaves on disk, and how a half-done one is taken up again, is said i
 
 import errno
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
-from duet_ray.config import StudyConfig, config_from
+import numpy as np
+
+from duet_ray.config import AnyFeedback, StudyConfig, TrainingConfig, config_from, fingerprint
 from duet_ray.domains import Domain, open_domain
 from duet_ray.errors import FeedbackError, NoValueError, SampleFailed, StoreError
 from duet_ray.execution.artifacts import (
@@ -30,14 +33,16 @@ from duet_ray.execution.artifacts import (
     sample_folder,
 )
 from duet_ray.execution.broker import Task
-from duet_ray.feedback import make_feedback
+from duet_ray.feedback import FeedbackSource, make_feedback
 from duet_ray.files import new_folder, write_json
-from duet_ray.mixture import DrawBy, RowOrder, draw_mixture, rows_digest
-from duet_ray.records import Mixture, SampleResult, SampleSpec, TokenRow
+from duet_ray.mixture import DrawBy, RowOrder, at_fidelity, draw_mixture, rows_digest
+from duet_ray.records import Feedback, Mixture, SampleResult, SampleSpec, TokenRow
+from duet_ray.requirements import parse_requirement
 from duet_ray.seeds import child_seed
 from duet_ray.selection import RowWeights, Scoring, SelectionContext, load_weights, n_drawn, save_weights
 from duet_ray.selection.examples import read_examples
 from duet_ray.training import Halt, Stopped, load_base, make_trainer
+from duet_ray.training.searched import training_of
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +73,47 @@ class Assignment:
         return config_from(self.config, folder=Path(self.folder))
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """A sample to train: its rows and settings."""
+
+    spec: SampleSpec
+    mixture: Mixture
+    training: TrainingConfig
+
+    @cached_property
+    def rows_digest(self) -> str:
+        return rows_digest(self.mixture)
+
+    @cached_property
+    def mark(self) -> str:
+        """What is trained of it is known by this: the same mark, the same rows and settings."""
+        settings = self.spec.settings
+        return fingerprint([self.rows_digest, settings]) if settings else self.rows_digest
+
+
+class _Instruments:
+    """The feedback and what is measured beside it, with the limits of one use."""
+
+    def __init__(self, config: StudyConfig, change: Callable[[AnyFeedback], AnyFeedback] = lambda one: one) -> None:
+        self.main = make_feedback(config, change(config.feedback))
+        self.also: dict[str, FeedbackSource] = {
+            which.metric_key: make_feedback(config, change(which)) for which in config.also
+        }
+
+
+def _quicker(section: AnyFeedback, limit: int | None) -> AnyFeedback:
+    """The same with a limit of its own, where it can have one."""
+    can = limit is not None and hasattr(section, "limit")
+    return section.model_copy(update={"limit": limit}) if can else section
+
+
+def _closer(section: AnyFeedback, limit: int | None) -> AnyFeedback:
+    """The same with a limit that is at least so large; one without a limit looks at everything already."""
+    known = getattr(section, "limit", None)
+    return section if limit is None or known is None else section.model_copy(update={"limit": max(known, limit)})
+
+
 class Worker:
     """Does tasks with one base model in memory. Domains, weights and the model are loaded when first needed.
 
@@ -78,20 +124,32 @@ class Worker:
     def __init__(self, assignment: Assignment, on_follow: Callable[[Mapping[str, Any]], None] = lambda _: None) -> None:
         self._assignment = assignment
         self._config = assignment.study_config()
-        self._feedback = make_feedback(self._config)
-        self._also = [make_feedback(self._config, which) for which in self._config.also]
+        self._instruments = _Instruments(self._config)
         self._on_follow = on_follow
         self._apart: set[tuple[SampleSpec, ...]] = set()
         self.others_wait = False
         """Whether this process failed in the middle of what the group's others do along with it."""
 
     @cached_property
-    def _quick_feedback(self) -> Any:
-        racing, feedback = self._config.sampling.racing, self._config.feedback
-        assert racing is not None
-        if racing.limit is not None:
-            feedback = feedback.model_copy(update={"limit": racing.limit})
-        return make_feedback(self._config, feedback)
+    def _quick(self) -> _Instruments:
+        """For the comparisons of a race."""
+        racing = self._config.sampling.racing
+        return _Instruments(self._config, lambda one: _quicker(one, racing.limit if racing else None))
+
+    @cached_property
+    def _close(self) -> _Instruments:
+        """For confirmations."""
+        return _Instruments(self._config, lambda one: _closer(one, self._config.confirm.limit))
+
+    @cached_property
+    def _needed(self) -> frozenset[str]:
+        """The metrics that the search cannot do without."""
+        objective = self._config.search.objective
+        if objective is None:
+            return frozenset()
+        names = [one.metric_key for one in (self._config.feedback, *self._config.also)]
+        required = (parse_requirement(text, names).metric for text in objective.require)
+        return frozenset([*(objective.weights or {}), *(objective.pareto or ()), *required])
 
     @cached_property
     def _base(self) -> tuple[Any, Any]:
@@ -141,36 +199,36 @@ class Worker:
             return earlier
         folder.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
-        digest = None
+        work: _Work | None = None
         trained: dict[str, Any] = {}
         compared = read_comparisons(folder)
         try:
             if spec.ratio is None:
                 self._trainer.reset()
             else:
-                mixture = self._mixture(spec)
-                digest = rows_digest(mixture)
-                trained = self._train(spec, mixture, digest, progress, tuple(bundle))
+                work = self._work(spec)
+                trained = self._train(work, progress, tuple(bundle))
             train_seconds = time.monotonic() - started
             progress("feedback")
             started = time.monotonic()
-            measured = self._feedback.measure(self._trainer.model, self._base[1], seed=self._feedback_seed(spec))
-            metrics = {**measured.metrics, **self._measure_also(spec, self._feedback_seed(spec))}
+            measured = self._measure(spec, self._close if spec.kind == "confirm" else self._instruments)
             artifact = folder / self._trainer.artifact
             result = SampleResult(
                 spec=spec,
                 value=measured.value,
                 stderr=measured.stderr,
-                metrics=metrics,
+                metrics=measured.metrics,
                 train={**trained, **({"compared": {f"{c.share:g}": c.value for c in compared}} if compared else {})},
                 train_seconds=train_seconds + sum(c.train_seconds for c in compared),
                 feedback_seconds=time.monotonic() - started + sum(c.feedback_seconds for c in compared),
-                rows_digest=digest,
+                rows_digest=work.rows_digest if work else None,
                 adapter=str(artifact.relative_to(self._config.study_folder)) if trained else None,
                 lease=lease,
             )
         except (SampleFailed, NoValueError) as error:
-            result = SampleResult(spec=spec, value=None, reason=str(error), rows_digest=digest, lease=lease)
+            result = SampleResult(
+                spec=spec, value=None, reason=str(error), rows_digest=work.rows_digest if work else None, lease=lease
+            )
         finally:
             # Nothing of this sample may be in the next one, nor in a domain's scores.
             if "_trainer" in self.__dict__:
@@ -196,13 +254,11 @@ class Worker:
         started = time.monotonic()
         value, reason = None, None
         try:
-            mixture = self._mixture(spec)
-            self._train(spec, mixture, rows_digest(mixture), progress, task.bundle, task.until)
+            self._train(self._work(spec), progress, task.bundle, task.until)
             train_seconds = time.monotonic() - started
             progress("comparing")
             started = time.monotonic()
-            measured = self._quick_feedback.measure(self._trainer.model, self._base[1], seed=self._feedback_seed(spec))
-            value = measured.value
+            value = self._measure(spec, self._quick, only_needed=True).value
         except (SampleFailed, NoValueError) as error:
             reason, train_seconds = str(error), time.monotonic() - started
             started = time.monotonic()
@@ -220,11 +276,10 @@ class Worker:
 
     def follow(self, what: Mapping[str, Any]) -> None:
         """Train a sample along with the group's first process, which alone keeps and measures it."""
-        spec = SampleSpec.from_json(what["spec"])
-        mixture = self._mixture(spec)
-        halt = self._halt(spec, rows_digest(mixture), what["until"]) if what["halts"] else None
+        work = self._work(SampleSpec.from_json(what["spec"]))
+        halt = self._halt(work, what["until"]) if what["halts"] else None
         with suppress(SampleFailed):  # It is the same in all processes; the first one says so.
-            self._trainer.train(self._rows(mixture), seed=self._train_seed(spec), halt=halt)
+            self._trainer.train(self._rows(work), seed=self._train_seed(work.spec), training=work.training, halt=halt)
 
     def do_scoring(self, task: Task, progress: Progress) -> dict[str, Any]:
         """One step on a domain's way to its weights; found done, nothing is computed.
@@ -274,49 +329,74 @@ class Worker:
     def _scoring_model(self) -> tuple[Any, Any]:
         return self._base if self._config.selection.surrogate is None else self._surrogate
 
-    def _measure_also(self, spec: SampleSpec, seed: int) -> dict[str, float]:
-        """The measurements that are shown and never told; one that fails is left out, and costs no sample."""
-        metrics = {}
-        for source, settings in zip(self._also, self._config.also, strict=True):
-            name = settings.metric_key
+    def _measure(self, spec: SampleSpec, by: _Instruments, *, only_needed: bool = False) -> Feedback:
+        """Measure the model in memory.
+
+        Where the search is for a weighted sum of metrics (`search.objective.weights`), the value is that sum, and its
+        parts stand among the metrics. Each part is a loss in its own direction, so the sum is one too; it is turned to
+        the feedback's direction: of scores alone that are made large, it is the plain sum of weight times score.
+
+        Args:
+            only_needed: leave out what is only shown.
+        """
+        seed, weights = self._feedback_seed(spec), self._weights_of_metrics
+        measured = by.main.measure(self._trainer.model, self._base[1], seed=seed)
+        beside = {}
+        for name, source in by.also.items():
+            if only_needed and name not in weights:
+                continue
             try:
-                metrics[name] = source.measure(self._trainer.model, self._base[1], seed=seed).value
+                beside[name] = source.measure(self._trainer.model, self._base[1], seed=seed).value
             except FeedbackError as error:
+                if name in self._needed:
+                    raise
                 log.warning("%s: %s is left out: %s", spec.key, name, error)
-        return metrics
+        if not weights:
+            return replace(measured, metrics={**measured.metrics, **beside})
+        parts = {**measured.metrics, self._config.feedback.metric_key: measured.value, **beside}
+        directions = {one.metric_key: one.direction for one in (self._config.feedback, *self._config.also)}
+        loss = math.fsum(weight * directions[name].to_loss(parts[name]) for name, weight in weights.items())
+        # The feedback's own standard error is of a part, not of the sum.
+        return Feedback(value=self._config.direction.to_value(loss), metrics=parts)
+
+    @property
+    def _weights_of_metrics(self) -> Mapping[str, float]:
+        """Empty where the feedback's own value is what is searched for."""
+        objective = self._config.search.objective
+        return (objective.weights or {}) if objective else {}
 
     def _train(
         self,
-        spec: SampleSpec,
-        mixture: Mixture,
-        digest: str,
+        work: _Work,
         progress: Progress,
         bundle: tuple[SampleSpec, ...],
         until: float = 1.0,
     ) -> dict[str, Any]:
-        """Train until a share of the steps, or take what an earlier worker trained on the very same rows.
+        """Train until a share of the steps, or take what an earlier worker made of the same rows and settings.
 
         Returns:
             The trainer's report. The model is in memory.
         """
         from duet_ray.training.ranks import was_stopped
 
+        spec = work.spec
         folder = sample_folder(self._config.study_folder, spec)
-        if (report := self._trained(spec, digest, folder, until)) is not None:
+        if (report := self._trained(work, folder, until)) is not None:
             return report
         if len(bundle) > 1 and bundle not in self._apart:
             if self._train_together(bundle, until, progress):
-                report = self._trained(spec, digest, folder, until)
+                report = self._trained(work, folder, until)
                 assert report is not None, "it was in the bundle"
                 return report
             self._apart.add(bundle)
-        halt = self._halt(spec, digest, until)
+        halt = self._halt(work, until)
         self._on_follow({"spec": spec.to_json(), "until": until, "halts": halt is not None})
         self.others_wait = True
         try:
             report = self._trainer.train(
-                self._rows(mixture),
+                self._rows(work),
                 seed=self._train_seed(spec),
+                training=work.training,
                 on_step=lambda done, total: progress("training", done, total),
                 halt=halt,
             ).to_json()
@@ -329,23 +409,23 @@ class Worker:
         if until == 1:
             with new_folder(_cleared(folder / self._trainer.artifact)) as temporary:
                 self._trainer.save(temporary)
-            write_json(trained_file(folder), {**report, "rows_digest": digest})
+            write_json(trained_file(folder), {**report, MARK: work.mark})
         return report
 
-    def _trained(self, spec: SampleSpec, digest: str, folder: Path, until: float) -> dict[str, Any] | None:
+    def _trained(self, work: _Work, folder: Path, until: float) -> dict[str, Any] | None:
         """What was trained already, and is in memory now; None where it must be trained.
 
         Raises:
             SampleFailed: it was trained along with others, and failed.
         """
         report = read_json(trained_file(folder, until))
-        if report is None or report.pop("rows_digest", None) != digest:
+        if report is None or report.pop(MARK, None) != work.mark:
             return None
         if (reason := report.get("reason")) is not None:
             raise SampleFailed(reason)
         if until < 1:  # The state of the training is all there is of it, and takes no step more.
-            halt = self._halt(spec, digest, until)
-            self._trainer.train(self._rows(self._mixture(spec)), seed=self._train_seed(spec), halt=halt)
+            halt, seed = self._halt(work, until), self._train_seed(work.spec)
+            self._trainer.train(self._rows(work), seed=seed, training=work.training, halt=halt)
             return report
         artifact = folder / self._trainer.artifact
         if not artifact.is_dir():
@@ -353,9 +433,9 @@ class Worker:
         try:
             self._trainer.load(artifact)
         except StoreError as error:
-            log.warning("%s: its model is damaged and is trained again: %s", spec.key, error)
+            log.warning("%s: its model is damaged and is trained again: %s", work.spec.key, error)
             return None
-        log.info("%s was trained already: only its feedback is repeated", spec.key)
+        log.info("%s was trained already: only its feedback is repeated", work.spec.key)
         return report
 
     def _train_together(self, bundle: tuple[SampleSpec, ...], until: float, progress: Progress) -> bool:
@@ -368,70 +448,84 @@ class Worker:
         """
         from duet_ray.training.fused_lora import FusedSample, train_fused
 
-        mixtures = [self._mixture(spec) for spec in bundle]
+        works = [self._work(spec) for spec in bundle]
         folders = [sample_folder(self._config.study_folder, spec) for spec in bundle]
-        digests = [rows_digest(mixture) for mixture in mixtures]
+        assert len({spec.settings for spec in bundle}) == 1, "a bundle is of one trial"
         self._trainer.reset()
         log.info("%s train in one pass", ", ".join(spec.key for spec in bundle))
         with TemporaryDirectory(dir=folders[0].parent, prefix="together.tmp-") as scratch:
             adapters = [Path(scratch) / spec.key for spec in bundle]
             samples = [
                 FusedSample(
-                    rows=self._rows(mixture),
-                    seed=self._train_seed(spec),
+                    rows=self._rows(work),
+                    seed=self._train_seed(work.spec),
                     folder=adapter,
-                    halt=self._halt(spec, digest, until),
+                    halt=self._halt(work, until),
                 )
-                for spec, mixture, digest, adapter in zip(bundle, mixtures, digests, adapters, strict=True)
+                for work, adapter in zip(works, adapters, strict=True)
             ]
             try:
                 ended = train_fused(
                     self._trainer.model,
                     self._base[1],
-                    self._config.training,
+                    works[0].training,
                     samples,
                     on_step=lambda done, total: progress(f"training {len(bundle)} samples in one pass", done, total),
                 )
             except SampleFailed as error:
                 log.warning("%s and others do not fit in one pass, and train one by one: %s", bundle[0].key, error)
                 return False
-            for folder, adapter, digest, report in zip(folders, adapters, digests, ended, strict=True):
+            for folder, adapter, work, report in zip(folders, adapters, works, ended, strict=True):
                 folder.mkdir(parents=True, exist_ok=True)
                 known = read_json(trained_file(folder, until))
-                if known is not None and known.get("rows_digest") == digest and (folder / "adapter").is_dir():
+                if known is not None and known.get(MARK) == work.mark and (folder / "adapter").is_dir():
                     continue
                 if isinstance(report, SampleFailed):
-                    write_json(trained_file(folder, until), {"reason": str(report), "rows_digest": digest})
+                    write_json(trained_file(folder, until), {"reason": str(report), MARK: work.mark})
                     continue
                 if until == 1:
                     with new_folder(_cleared(folder / "adapter")) as temporary:
                         shutil.copytree(adapter, temporary, dirs_exist_ok=True)
-                said = {**report.to_json(), "n_fused": len(bundle), "rows_digest": digest}
+                said = {**report.to_json(), "n_fused": len(bundle), MARK: work.mark}
                 write_json(trained_file(folder, until), said)
         return True
 
-    def _halt(self, spec: SampleSpec, digest: str, until: float) -> Halt | None:
+    def _halt(self, work: _Work, until: float) -> Halt | None:
         """Where a sample's training is written down in the middle, if it is at all."""
-        training = self._config.training
-        minutes = training.checkpoint_minutes
-        place = sample_folder(self._config.study_folder, spec) / TRAINING / digest[:16]
+        minutes = work.training.checkpoint_minutes
+        place = sample_folder(self._config.study_folder, work.spec) / TRAINING / work.mark[:16]
         # Where every weight is trained, it also holds the word that memory ran out, for the next attempt.
-        if minutes is None and until == 1 and training.method == "lora" and not place.is_dir():
+        if minutes is None and until == 1 and work.training.method == "lora" and not place.is_dir():
             return None
         return Halt(folder=place, every_seconds=minutes * 60 if minutes is not None else None, after=until)
 
-    def _mixture(self, spec: SampleSpec) -> Mixture:
-        return mixture_of(self._config, spec, self._weights)
+    def _work(self, spec: SampleSpec) -> _Work:
+        training = training_of(self._config, spec.settings)
+        return _Work(spec=spec, mixture=mixture_of(self._config, spec, self._weights), training=training)
 
-    def _rows(self, mixture: Mixture) -> list[TokenRow]:
-        drawn = zip(self._domains, mixture.rows, strict=True)
-        return [row for domain, ids in drawn if len(ids) for row in domain.train.rows(ids.tolist())]
+    def _rows(self, work: _Work) -> list[TokenRow]:
+        drawn = zip(self._domains, work.mixture.rows, strict=True)
+        rows = [row for domain, ids in drawn if len(ids) for row in domain.train.rows(ids.tolist())]
+        # The domains are made for the study's own `loss_on`; of a trial's own, `all` alone can be made of them.
+        is_wider = work.training.loss_on == "all" != self._config.training.loss_on
+        return [_learned_throughout(row) for row in rows] if is_wider else rows
 
     def _train_seed(self, spec: SampleSpec) -> int:
         return child_seed(self._config.seed, "train", spec.trial, spec.sample)
 
     def _feedback_seed(self, spec: SampleSpec) -> int:
         return child_seed(self._config.seed, "evaluate", max(spec.trial, 0), spec.sample)
+
+
+MARK = "rows_digest"
+"""Key of `_Work.mark` in the file of a trained sample; without settings of its trial it is the digest of the rows."""
+
+
+def _learned_throughout(row: TokenRow) -> TokenRow:
+    """The row as `training.loss_on: all` has it."""
+    mask = np.ones(len(row), dtype=bool)
+    mask[:1] = False
+    return replace(row, loss_mask=mask)
 
 
 def trained_file(folder: Path, until: float = 1.0) -> Path:
@@ -469,7 +563,7 @@ def mixture_of(config: StudyConfig, spec: SampleSpec, weights: Sequence[DrawBy])
     """The rows of a sample: a function of the study file and the sample's place, wherever it is called."""
     assert spec.ratio is not None
     return draw_mixture(
-        spec.ratio,
+        at_fidelity(spec.ratio, spec.fidelity),
         weights,
         seed=config.seed,
         trial=spec.trial,

@@ -28,10 +28,11 @@ from duet_ray.report.summary import (
     best_sample,
     chosen_trial,
     confirmation_of,
+    confirmed_name,
     value_format,
 )
 from duet_ray.report.verdict import verdict
-from duet_ray.report.wording import better_is, ratio_text
+from duet_ray.report.wording import better_is, ratio_text, settings_text
 
 CHUNK_ROWS = 2_048
 ENTRIES = ("adapter", "model", "mixture.parquet", "ratio.json", "README.md")
@@ -118,7 +119,7 @@ def export_best(
 
 def _recommended(summary: StudySummary) -> SampleResult:
     best = chosen_trial(summary)
-    sample = best_sample(best) if best else None
+    sample = best_sample(best, summary.direction) if best else None
     if sample is None:
         raise DuetError(
             f"study {summary.name} has nothing to export yet: no trial has a value; run it, and see `duet status`"
@@ -209,7 +210,7 @@ _TEXT_COLUMNS = ("source", "line", "prompt", "completion", "text")
 
 
 def _facts(summary: StudySummary, sample: SampleResult, ratio: Ratio) -> dict[str, Any]:
-    again = confirmation_of(summary, trial_name(sample.spec.trial))
+    again = confirmation_of(summary, _searched_name(summary, sample))
     base = base_measurement(summary)
     return {
         "study": summary.name,
@@ -218,6 +219,7 @@ def _facts(summary: StudySummary, sample: SampleResult, ratio: Ratio) -> dict[st
         "n_rows": ratio.n_rows,
         "ratio": dict(zip(summary.domain_names, (float(v) for v in ratio.values), strict=True)),
         "counts": dict(zip(summary.domain_names, ratio.counts, strict=True)),
+        "settings": dict(sample.spec.settings),
         "feedback": summary.feedback_name,
         "direction": summary.direction.value,
         "value": sample.value,
@@ -228,11 +230,17 @@ def _facts(summary: StudySummary, sample: SampleResult, ratio: Ratio) -> dict[st
     }
 
 
+def _searched_name(summary: StudySummary, sample: SampleResult) -> str:
+    """The trial whose ratio a sample has: that of a confirmation is the trial it confirms."""
+    trial = next((t for t in summary.trials if t.number == sample.spec.trial and t.kind == "confirm"), None)
+    return confirmed_name(trial) if trial else trial_name(sample.spec.trial)
+
+
 def _readme(summary: StudySummary, sample: SampleResult, ratio: Ratio, source: Path) -> str:
     """What this is, how to load it."""
     what, loading = _adapter_words(summary, source) if _is_adapter(source) else _model_words(summary)
-    values, said, name = value_format(summary), verdict(summary), trial_name(sample.spec.trial)
-    again, base = confirmation_of(summary, name), base_measurement(summary)
+    values, said, own = value_format(summary), verdict(summary), settings_text(sample.spec.settings)
+    again, base = confirmation_of(summary, _searched_name(summary, sample)), base_measurement(summary)
     value = values(sample.value) if sample.value is not None else "none"
     measured = [f"- this model: {summary.feedback_name} {value} ({better_is(summary.direction)})"]
     if again:
@@ -247,7 +255,7 @@ def _readme(summary: StudySummary, sample: SampleResult, ratio: Ratio, source: P
     return f"""# {summary.name}: the best mixture and its model
 
 {what} of sample {sample.spec.key}, the {ratio.n_rows:,} rows it was trained on, and their ratio:
-{ratio_text(ratio, summary.domain_names)}.
+{ratio_text(ratio, summary.domain_names)}.{f" Its own training settings: {own}." if own else ""}
 
 {chr(10).join(measured)}
 

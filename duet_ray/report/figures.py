@@ -1,4 +1,4 @@
-"""The five figures of a report, as PNG bytes.
+"""The figures of a report, as PNG bytes.
 
 Drawn on `Figure` objects without pyplot, so that nothing global is touched and a driver's thread may draw while
 another one does. Every value axis says which direction is better; values far outside the rest are drawn as arrows at
@@ -6,7 +6,7 @@ the edge and counted, never dropped, so that one diverged sample does not flatte
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,17 +17,24 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from duet_ray.config import StudyConfig
 from duet_ray.records import Direction, Trial
+from duet_ray.report.objectives import directions, judged, objective_of, on_front
 from duet_ray.report.palette import BASE, INK, MUTED, UNIFORM, DomainLook, domain_look
 from duet_ray.report.scores import Histogram
 from duet_ray.report.summary import (
     Measurement,
     StudySummary,
     base_measurement,
+    base_metrics,
     chosen_trial,
     confirmation_of,
     confirmations,
     confirmed_name,
+    is_anywhere,
+    is_whole,
+    k_text,
+    metrics_of,
     observed,
     running_best,
     searched,
@@ -35,7 +42,7 @@ from duet_ray.report.summary import (
     value_format,
     value_of,
 )
-from duet_ray.report.wording import ValueFormat, better_is, plural
+from duet_ray.report.wording import ValueFormat, better_is, join_words, plural
 
 DPI = 150
 WIDTH = 9.0
@@ -59,7 +66,14 @@ class Picture:
 
 def draw_all(summary: StudySummary) -> tuple[Picture, ...]:
     """Every figure that the study has something to show for, in the order of the page."""
-    drawn = (best_so_far(summary), confirmed(summary), mixtures(summary), samples(summary), scores(summary))
+    drawn = (
+        best_so_far(summary),
+        confirmed(summary),
+        mixtures(summary),
+        samples(summary),
+        front(summary),
+        scores(summary),
+    )
     return tuple(p for p in drawn if p)
 
 
@@ -69,7 +83,7 @@ def best_so_far(summary: StudySummary) -> Picture | None:
     if not observed(summary):
         return None
     values = value_format(summary)
-    base, uniform = base_measurement(summary), uniform_trial(summary)
+    base, uniform = base_measurement(summary, as_trials=True), uniform_trial(summary)
     levels = [("untouched model", base.mean, BASE, (0, (6, 3)))] if base else []
     if uniform and uniform.observation:
         levels.append(("uniform ratio, trial 0", value_of(uniform), UNIFORM, (0, (2, 2))))
@@ -80,13 +94,17 @@ def best_so_far(summary: StudySummary) -> Picture | None:
     for colour, group in _by_colour(trials):
         loose = [(places[t.number], s.value) for t in group for s in t.samples if s.value is not None]
         _points(axes, loose, limits, colour=colour)
-        seen = [(places[t.number], value_of(t)) for t in group if t.observation]
+        seen = [(places[t.number], value_of(t)) for t in group if t.observation and is_whole(t)]
         _points(axes, seen, limits, colour=colour, filled=True)
+        cheap = [(places[t.number], value_of(t)) for t in group if t.observation and not is_whole(t)]
+        _points(axes, cheap, limits, colour=colour, marker="s", size=34)
     _crosses(axes, [places[t.number] for t in trials if t.status == "failed"])
     steps = [(places[t.number], value_of(b)) for t, b in running_best(summary) if b]
-    axes.step([x for x, _ in steps], [y for _, y in steps], where="post", color=INK, lw=2.2, zorder=4)
-    axes.plot([steps[-1][0], len(trials) - 0.5], [steps[-1][1]] * 2, color=INK, lw=2.2, zorder=4)
-    handles = [Line2D([], [], color=INK, lw=2.2, label=f"best so far ({values(steps[-1][1])})")]
+    handles = []
+    if steps:
+        axes.step([x for x, _ in steps], [y for _, y in steps], where="post", color=INK, lw=2.2, zorder=4)
+        axes.plot([steps[-1][0], len(trials) - 0.5], [steps[-1][1]] * 2, color=INK, lw=2.2, zorder=4)
+        handles.append(Line2D([], [], color=INK, lw=2.2, label=f"best so far ({values(steps[-1][1])})"))
     for label, level, colour, dashes in levels:
         inside = limits[0] <= level <= limits[1]
         arrow = "" if inside else (" ↑ above the axis" if level > limits[1] else " ↓ below the axis")
@@ -104,8 +122,9 @@ def best_so_far(summary: StudySummary) -> Picture | None:
         figure,
         name="best_so_far",
         title="Best so far",
-        alt=f"Best observation over {plural(len(trials), 'trial')}, ending at {values(steps[-1][1])}, with the "
-        "values of all samples and lines for the untouched model and the uniform ratio.",
+        alt=f"Best observation over {plural(len(trials), 'trial')}, "
+        f"{f'ending at {values(steps[-1][1])}' if steps else 'none of them whole'}, with the values of all samples and "
+        "lines for the untouched model and the uniform ratio.",
     )
 
 
@@ -186,7 +205,9 @@ def samples(summary: StudySummary) -> Picture | None:
     None before there are two values to compare.
     """
     sign = summary.direction.to_loss
-    trials = sorted(observed(summary), key=lambda t: (sign(value_of(t)), t.number))
+    seen_trials = observed(summary)
+    whole = [t for t in seen_trials if is_whole(t)] or seen_trials  # values on fewer rows are on another scale
+    trials = sorted(whole, key=lambda t: (sign(value_of(t)), t.number))
     if not trials or (len(trials) == 1 and summary.k == 1):
         return None
     figure, axes = _canvas(4.2)
@@ -206,7 +227,7 @@ def samples(summary: StudySummary) -> Picture | None:
     axes.set_xticks(range(len(trials)), [t.name for t in trials], rotation=90, fontsize=size)
     axes.set_xlabel("trials, the best observation first", color=INK)
     _value_axis(axes, summary, limits)
-    what = f"observation: the best of {summary.k}" if summary.k > 1 else "observation"
+    what = f"observation: the best of {k_text(summary)}" if summary.k > 1 else "observation"
     handles: list[Line2D | Patch] = [_marker("D", _START, what, filled=True, size=7)]
     if summary.k > 1:
         handles.append(_marker("o", _START, "the other samples", size=6))
@@ -219,9 +240,15 @@ def samples(summary: StudySummary) -> Picture | None:
     return _picture(
         figure,
         name="samples",
-        title=f"The {summary.k} values of every trial" if summary.k > 1 else "The value of every trial",
+        title=_samples_title(summary),
         alt=f"The values of all samples of {plural(len(trials), 'trial')}, ordered by observation, best first.",
     )
+
+
+def _samples_title(summary: StudySummary) -> str:
+    if summary.k == 1:
+        return "The value of every trial"
+    return "The values of every trial" if summary.k_bounds else f"The {summary.k} values of every trial"
 
 
 def confirmed(summary: StudySummary) -> Picture | None:
@@ -258,6 +285,90 @@ def confirmed(summary: StudySummary) -> Picture | None:
         title="Measured again with fresh seeds",
         alt="; ".join(f"{label}: mean {values(m.mean)}" for label, m, _, _ in rows) + ".",
     )
+
+
+def front(summary: StudySummary) -> Picture | None:
+    """Two metrics that are traded off, a panel for every further one; None without a front, or without two points."""
+    config, objective = summary.config, objective_of(summary.config)
+    if config is None or objective is None or not objective.pareto:
+        return None
+    trials = [t for t in observed(summary) if is_whole(t)]
+    values = [metrics_of(summary, t, fresh=False) for t in trials]
+    best = on_front(config, values)
+    if sum(all(name in one for name in objective.pareto) for one in values) < 2:
+        return None
+    first, *others = objective.pareto
+    figure = Figure(figsize=(WIDTH, 4.4), dpi=DPI, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, min(len(others), 3), squeeze=False).ravel()
+    for axes, other in zip(panels, others, strict=False):
+        _front_panel(axes, summary, config, first, other, trials, values, best)
+    handles = [
+        _marker("o", _SEARCH, "on the front: nothing is better in everything", filled=True, size=8),
+        _marker("o", _START, "other trials", size=6),
+        _marker("*", INK, "the compromise to take", size=12),
+    ]
+    base = base_metrics(summary)
+    if base:
+        handles.append(_marker("D", BASE, "untouched model", filled=True, size=7))
+    _legend_below(figure, handles, n_columns=2)
+    named = [t.name for t, is_best in zip(trials, best, strict=True) if is_best]
+    return _picture(
+        figure,
+        name="front",
+        title="What is traded for what",
+        alt=f"{join_words([first, *others])} of {plural(len(trials), 'trial')}; on the front are "
+        f"{join_words(named) if named else 'none'}.",
+    )
+
+
+def _front_panel(
+    axes: Axes,
+    summary: StudySummary,
+    config: StudyConfig,
+    x_name: str,
+    y_name: str,
+    trials: Sequence[Trial],
+    values: Sequence[Mapping[str, float]],
+    best: Sequence[bool],
+) -> None:
+    _plain_axes(axes)
+    axes.grid(axis="x", color="#d0d7de", lw=0.7)
+    chosen, base, by_metric = chosen_trial(summary), base_metrics(summary), directions(config)
+    known = [i for i, one in enumerate(values) if x_name in one and y_name in one]
+    rest = [i for i in known if not best[i]]
+    axes.scatter(
+        [values[i][x_name] for i in rest], [values[i][y_name] for i in rest], s=34, facecolors="white",
+        edgecolors=_START, linewidths=1.4, zorder=3,
+    )  # fmt: skip
+    ahead = sorted((i for i in known if best[i]), key=lambda i: values[i][x_name])
+    x, y = [values[i][x_name] for i in ahead], [values[i][y_name] for i in ahead]
+    axes.plot(x, y, color=_SEARCH, lw=1.2, ls=(0, (2, 2)), zorder=2)
+    axes.scatter(x, y, s=58, color=_SEARCH, zorder=4)
+    for i in ahead[:12]:
+        axes.annotate(
+            trials[i].name, (values[i][x_name], values[i][y_name]), xytext=(5, 5), textcoords="offset points",
+            fontsize=8.5, color=INK, zorder=6,
+        )  # fmt: skip
+    for i in known:
+        if trials[i] is chosen:
+            at = values[i][x_name], values[i][y_name]
+            axes.scatter(*at, s=210, marker="*", color="white", edgecolors=INK, linewidths=1.3, zorder=5)
+    if x_name in base and y_name in base:
+        axes.scatter(base[x_name], base[y_name], s=50, marker="D", color=BASE, zorder=4)
+    for one in judged(config, {}, base):
+        if one.bound is None:
+            continue
+        if one.requirement.metric == x_name:
+            axes.axvline(one.bound, color=INK, lw=1.0, ls=(0, (5, 3)), zorder=1)
+        elif one.requirement.metric == y_name:
+            axes.axhline(one.bound, color=INK, lw=1.0, ls=(0, (5, 3)), zorder=1)
+    axes.set_xlabel(f"{_escaped(x_name, most=30)}\n({_side(by_metric[x_name])})", color=INK)
+    axes.set_ylabel(f"{_escaped(y_name, most=30)}\n({_side(by_metric[y_name])})", color=INK)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(6))
+    axes.ticklabel_format(useOffset=False)
+    axes.margins(0.1)
 
 
 def scores(summary: StudySummary) -> Picture | None:
@@ -361,6 +472,7 @@ def _confirm_rows(summary: StudySummary) -> list[tuple[str, Measurement, float |
         is_uniform = uniform is not None and name == uniform.name
         label = f"uniform ratio ({name})" if is_uniform else f"best ratio ({name})" if is_best else f"finalist {name}"
         label += ", the best" if is_best and is_uniform else ""
+        label += ", not searched" if any(is_anywhere(t) and t.name == name for t in confirmations(summary)) else ""
         seen = value_of(trial) if trial and trial.observation else None
         rows.append((label, again, seen, UNIFORM if is_uniform else _SEARCH if is_best else _START))
     return rows
@@ -502,6 +614,8 @@ def _dot_handles(summary: StudySummary, trials: Sequence[Trial], limits: tuple[f
     for kind, colour, where in (("start", _START, "start design"), ("search", _SEARCH, "Bayesian search")):
         if any(t.kind == kind for t in trials):
             handles.append(_marker("o", colour, f"observation, {where}", filled=True))
+    if any(t.observation and not is_whole(t) for t in trials):
+        handles.append(_marker("s", _START, "on fewer rows: another scale"))
     if summary.k > 1:
         handles.append(_marker("o", _START, "other samples"))
     if any(t.status == "failed" for t in trials):
@@ -509,9 +623,13 @@ def _dot_handles(summary: StudySummary, trials: Sequence[Trial], limits: tuple[f
     return handles + _beyond_handle(trials, limits)
 
 
-def _legend_below(figure: Figure, handles: Sequence[Line2D | Patch]) -> None:
+def _legend_below(figure: Figure, handles: Sequence[Line2D | Patch], *, n_columns: int = 3) -> None:
     figure.legend(
-        handles=list(handles), loc="outside lower center", ncols=min(len(handles), 3), frameon=False, fontsize=9.5
+        handles=list(handles),
+        loc="outside lower center",
+        ncols=min(len(handles), n_columns),
+        frameon=False,
+        fontsize=9.5,
     )
 
 

@@ -22,21 +22,22 @@ def read_summary(folder: Path) -> StudySummary:
     store = Store(folder)
     try:
         record = store.study()
-        trials = store.trials()
+        trials, posterior = store.trials(), store.posterior()
+        (ranking, _), past_runs = store.ranking(), store.past_runs()
     finally:
         store.close()
     if record is None:
         raise StoreError(f"{folder}: the study has not started yet")
     config = config_from(record.config, folder=Path(record.inputs.get("folder", folder)))
-    feedback = config.feedback
+    feedback, objective = config.feedback, config.search.objective
     return StudySummary(
         name=record.name,
         direction=config.direction,
         domain_names=config.domain_names,
         n_rows=config.mixture.n_rows,
-        k=config.sampling.k,
+        k=config.sampling.k_most,
         n_planned=config.n_planned_trials,
-        feedback_name=feedback.shown_name,
+        feedback_name="weighted sum" if objective is not None and objective.weights else feedback.shown_name,
         trials=tuple(trials),
         domains=tuple(_domain(domain) for domain in record.domains),
         config_yaml=yaml.safe_dump(record.config, sort_keys=False, allow_unicode=True, width=110),
@@ -45,6 +46,11 @@ def read_summary(folder: Path) -> StudySummary:
         versions=record.versions,
         model_path=config.model_path,
         feedback_is_random=feedback.kind == "function" or bool(getattr(feedback, "temperature", None)),
+        posterior=posterior,
+        ranking=tuple(ranking),
+        past_runs=tuple(past_runs),
+        k_bounds=config.sampling.k_bounds if config.sampling.k == "auto" else None,
+        config=config,
     )
 
 

@@ -13,11 +13,15 @@ from typing import Any
 import jinja2
 
 from duet_ray.files import write_file
-from duet_ray.records import Ratio, SampleResult, Trial
+from duet_ray.records import CONFIRM_BASE, Ratio, SampleResult, Trial
+from duet_ray.report.curse import Promise, curse_sentences, promises, roles_text
+from duet_ray.report.learned import Learned, learned
+from duet_ray.report.objectives import directions, judged, objective_of, on_front, parts
 from duet_ray.report.palette import domain_look
 from duet_ray.report.scores import ScoreSummary, ShownRow, seconds_spent, shortened
 from duet_ray.report.summary import (
     StudySummary,
+    base_metrics,
     base_trial,
     best_sample,
     chosen_trial,
@@ -25,17 +29,26 @@ from duet_ray.report.summary import (
     confirmations,
     confirmed_name,
     failure_reasons,
+    finalists,
+    is_anywhere,
+    is_same_point,
+    is_whole,
+    k_text,
     measurement_of,
     metric_means,
-    n_ended,
+    metrics_of,
     n_failed,
     n_stopped,
+    observed,
+    own_text,
+    past_runs_text,
+    progress_text,
     state,
     uniform_trial,
     value_format,
 )
 from duet_ray.report.verdict import verdict
-from duet_ray.report.wording import better_is, duration, first_line, plural, ratio_text, share
+from duet_ray.report.wording import ValueFormat, better_is, duration, first_line, plural, ratio_text, share
 
 _KINDS = {"base": "untouched model", "start": "start design", "search": "Bayesian", "confirm": "confirmation"}
 _STATES = {
@@ -45,6 +58,15 @@ _STATES = {
     "running": "not finished",
     "finished": "finished",
 }
+
+
+_PLACES = {
+    "selection": ("scores",),
+    "objective": ("front",),
+    "learned": ("sensitivity", "slices", "ternary", "calibration"),
+}
+"""Section → its figures; the others stand together."""
+MOST_NAMED = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +88,12 @@ class TrialRow:
     status: str
     segments: tuple[Segment, ...]
     ratio: str
+    own: str
+    """Training settings and fidelity, where they are the trial's own."""
     values: tuple[str, ...]
     observation: str
+    expected: str
+    """What the search's model expects of it; empty without a posterior."""
     used: str
     reasons: tuple[tuple[str, str], ...]
     """First line with how many samples it stopped, and the full text where there is more of it."""
@@ -94,8 +120,12 @@ def write_report(summary: StudySummary, folder: Path) -> Path:
         The path of the page.
     """
     from duet_ray.report.figures import draw_all  # matplotlib: only when something is drawn
+    from duet_ray.report.insight_figures import draw_insight
 
-    pictures = draw_all(summary)
+    found = learned(summary, folder)
+    pictures = [*draw_all(summary)]
+    if found is not None and found.insight is not None:
+        pictures += draw_insight(summary, found.insight)
     figures = folder / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     for picture in pictures:
@@ -110,17 +140,22 @@ def write_report(summary: StudySummary, folder: Path) -> Path:
         for p in pictures
     ]
     page = folder / "report.html"
-    write_file(page, render(summary, shown).encode())
+    write_file(page, render(summary, shown, found).encode())
     return page
 
 
-def render(summary: StudySummary, figures: list[dict[str, str]]) -> str:
+def render(summary: StudySummary, figures: list[dict[str, str]], found: Learned | None = None) -> str:
     """The page as text.
 
     Args:
         summary: the study.
         figures: `title`, `alt`, `name` and `source` (a data URI) of each figure.
+        found: what the search has learned; None leaves its section out.
     """
+    places = {name: place for place, names in _PLACES.items() for name in names}
+    sorted_figures: dict[str, list[dict[str, str]]] = {place: [] for place in (*_PLACES, "general")}
+    for figure in figures:
+        sorted_figures[places.get(figure["name"], "general")].append(figure)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("duet_ray.report", "."),
         autoescape=True,
@@ -128,12 +163,12 @@ def render(summary: StudySummary, figures: list[dict[str, str]]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html").render(**_context(summary), figures=figures)
+    return environment.get_template("page.html").render(**_context(summary, found), figures=sorted_figures)
 
 
-def _context(summary: StudySummary) -> dict[str, Any]:
+def _context(summary: StudySummary, found: Learned | None = None) -> dict[str, Any]:
     best = chosen_trial(summary)
-    sample = best_sample(best) if best else None
+    sample = best_sample(best, summary.direction) if best else None
     values = value_format(summary)
     return {
         "study": summary,
@@ -143,6 +178,13 @@ def _context(summary: StudySummary) -> dict[str, Any]:
         "facts": _facts(summary),
         "best": best,
         "best_is_uniform": best is not None and best is uniform_trial(summary),
+        "best_own": own_text(best) if best else "",
+        "best_is_anywhere": best is not None and is_anywhere(best),
+        "k": k_text(summary),
+        "promises": _promises(summary),
+        "objective": _objective(summary, best),
+        "learned": _learned(summary, found),
+        "has_expected": bool(summary.posterior),
         "best_ratio": ratio_text(best.ratio, summary.domain_names) if best and best.ratio else "",
         "best_value": values(sample.value) if sample and sample.value is not None else "",
         "shares": _shares(summary, best.ratio) if best and best.ratio else [],
@@ -164,12 +206,18 @@ def _facts(summary: StudySummary) -> list[tuple[str, str]]:
     measured = sum(s.feedback_seconds for s in samples)
     failed = n_failed(summary)
     facts = [
-        ("Trials", f"{n_ended(summary)} of {summary.n_planned}" + (f", {failed} failed" if failed else "")),
-        ("Samples per trial (k)", f"{summary.k}"),
+        (
+            "Trials",
+            progress_text(summary).removesuffix(" trials").removesuffix(" trial")
+            + (f", {failed} failed" if failed else ""),
+        ),
+        ("Samples per trial (k)", k_text(summary)),
         ("Rows per mixture", f"{summary.n_rows:,}"),
         ("Domains", f"{len(summary.domain_names)}"),
         ("Feedback", f"{summary.feedback_name} ({better_is(summary.direction)})"),
     ]
+    if past := past_runs_text(summary):
+        facts.append(("Told beforehand", past.removesuffix(" were told").removesuffix(" was told")))
     if summary.started:
         facts.append(("Started", f"{summary.started:%Y-%m-%d %H:%M} {summary.started.tzname() or ''}".strip()))
     if summary.seconds is not None:
@@ -203,13 +251,15 @@ def _trial_row(summary: StudySummary, trial: Trial, *, is_chosen: bool) -> Trial
     values = value_format(summary)
     return TrialRow(
         name=trial.name,
-        kind=_KINDS[trial.kind],
+        kind="untouched model again" if trial.number == CONFIRM_BASE else _KINDS[trial.kind],
         method=trial.method,
         status=trial.status,
         segments=_segments(summary, trial.ratio) if trial.ratio else (),
         ratio=ratio_text(trial.ratio, summary.domain_names, most=6) if trial.ratio else "",
+        own=own_text(trial),
         values=tuple(values(s.value) for s in trial.samples if s.value is not None),
         observation=_observation(summary, trial),
+        expected=_with_sd(summary.posterior.get(trial.number), values),
         used=_used(trial),
         reasons=_reasons(trial),
         chosen=is_chosen,
@@ -261,13 +311,174 @@ def _beside(summary: StudySummary, best: Trial | None) -> dict[str, Any] | None:
         ("untouched model", metric_means(base.samples) if base else {}),
         ("uniform ratio", metric_means(_measured_last(summary, uniform)) if uniform else {}),
     ]
-    if best is not uniform:
+    if best is None or uniform is None or not is_same_point(best, uniform):
         columns.append(("best ratio", metric_means(_measured_last(summary, best)) if best else {}))
     names = list(dict.fromkeys(name for _, means in columns for name in means))
     if not names:
         return None
     rows = [(name, [f"{means[name]:.4g}" if name in means else "–" for _, means in columns]) for name in names]
     return {"columns": [title for title, _ in columns], "rows": rows}
+
+
+def _with_sd(expected: tuple[float, float] | None, values: ValueFormat) -> str:
+    return f"{values(expected[0])} ± {values.difference(expected[1])}" if expected else ""
+
+
+def _promises(summary: StudySummary) -> dict[str, Any] | None:
+    """The naive best, the recommended and the confirmed ratio side by side; None while there is one number only."""
+    sentences = curse_sentences(summary)
+    if not sentences:
+        return None
+    return {"sentences": sentences, "rows": [_promise_row(summary, one) for one in promises(summary)]}
+
+
+def _promise_row(summary: StudySummary, one: Promise) -> dict[str, str]:
+    values = value_format(summary)
+    again, interval = one.again, one.interval
+    error = again.standard_error if again else None
+    too_good = "–"
+    if one.too_good is not None:
+        too_good = _signed(one.too_good, values)
+        if interval is not None:
+            too_good += f" ({_signed(interval[0], values)} to {_signed(interval[1], values)})"
+    return {
+        "trial": one.trial.name,
+        "roles": roles_text(one),
+        "observed": values(one.observed) if one.observed is not None else "–",
+        "expected": _with_sd(one.expected, values) or "–",
+        "again": f"{values(again.mean)}{f' ± {values.difference(error)}' if error else ''} ({again.n})"
+        if again
+        else "–",
+        "too_good": too_good,
+    }
+
+
+def _signed(value: float, values: ValueFormat) -> str:
+    return f"{'−' if value < 0 else ''}{values.difference(value)}"
+
+
+def _objective(summary: StudySummary, best: Trial | None) -> dict[str, Any] | None:
+    """Front, requirements and parts of a weighted sum; None where the study asks for one number."""
+    config, objective = summary.config, objective_of(summary.config)
+    if config is None or objective is None:
+        return None
+    base = base_metrics(summary)
+    weighed = {t.number: t for t in (*([best] if best else []), *(t for t, _ in finalists(summary)))}
+    fresh = {number: metrics_of(summary, t, fresh=True) for number, t in weighed.items()}
+    return {
+        "front": _front_rows(summary, best) if objective.pareto else None,
+        "requirements": [
+            {
+                "trial": weighed[number].name,
+                "chosen": weighed[number] is best,
+                "again": confirmation_of(summary, weighed[number].name) is not None,
+                "text": one.requirement.text,
+                "value": _plain(one.value),
+                "bound": _plain(one.bound),
+                "margin": "–" if one.margin is None else f"{one.margin:+.4g}".replace("-", "−"),
+                "base": _plain(one.base),
+                "kept": {True: "kept", False: "broken", None: "not known"}[one.kept],
+            }
+            for number, values in fresh.items()
+            for one in judged(config, values, base)
+        ],
+        "parts": _parts_table(summary, weighed, fresh, base),
+    }
+
+
+def _front_rows(summary: StudySummary, best: Trial | None) -> dict[str, Any]:
+    config, objective = summary.config, objective_of(summary.config)
+    assert config is not None, "it has an objective"
+    assert objective is not None, "the caller looked"
+    names = objective.pareto or []
+    by_metric, base = directions(config), base_metrics(summary)
+    trials = [t for t in observed(summary) if is_whole(t)]
+    values = [metrics_of(summary, t, fresh=False) for t in trials]
+    ahead = [(t, found) for t, found, is_best in zip(trials, values, on_front(config, values), strict=True) if is_best]
+    ahead.sort(key=lambda pair: by_metric[names[0]].to_loss(pair[1][names[0]]))
+    return {
+        "metrics": [f"{name} ({better_is(by_metric[name])})" for name in names],
+        "rows": [
+            {
+                "trial": t.name,
+                "chosen": t is best,
+                "ratio": ratio_text(t.ratio, summary.domain_names, most=6) if t.ratio else "",
+                "own": own_text(t),
+                "values": [_plain(found.get(name)) for name in names],
+            }
+            for t, found in ahead
+        ],
+        "base": [_plain(base.get(name)) for name in names] if base else None,
+        "n": len(trials),
+    }
+
+
+def _parts_table(
+    summary: StudySummary, weighed: dict[int, Trial], fresh: dict[int, dict[str, float]], base: dict[str, float]
+) -> dict[str, Any] | None:
+    """What each metric adds to the weighted sum, for the finalists and the untouched model."""
+    config = summary.config
+    assert config is not None, "it has an objective"
+    rows = [("untouched model", parts(config, base))] if base else []
+    rows = [(weighed[number].name, parts(config, values)) for number, values in fresh.items()] + rows
+    if not rows or not rows[0][1]:
+        return None
+    by_metric = directions(config)
+    return {
+        "metrics": [f"{part.weight:g} × {part.metric} ({better_is(by_metric[part.metric])})" for part in rows[0][1]],
+        "rows": [
+            {
+                "name": name,
+                "cells": [_plain(part.value) for part in found],
+                "sum": _plain(summary.direction.to_value(sum(part.of_sum or 0.0 for part in found)))
+                if all(part.of_sum is not None for part in found)
+                else "–",
+            }
+            for name, found in rows
+        ],
+    }
+
+
+def _plain(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}".replace("-", "−")
+
+
+def _learned(summary: StudySummary, found: Learned | None) -> dict[str, Any] | None:
+    """The words beside the figures of what the search has learned; None leaves the section out."""
+    if found is None:
+        return None
+    insight = found.insight
+    if insight is None:
+        return {"why_not": found.why_not}
+    values = value_format(summary)
+    rest = [one.domain for one in insight.slices[MOST_NAMED:]]
+    scales = sorted(insight.length_scales.items(), key=lambda pair: pair[1])
+    alike = len({f"{scale:.3g}" for _, scale in scales}) <= 1
+    return {
+        "why_not": "",
+        "n_told": insight.n_told,
+        "past": past_runs_text(summary),
+        "trust": insight.calibration.trust if insight.calibration else "few",
+        "sentence": insight.calibration.sentence if insight.calibration else "",
+        "kernel": insight.kernel,
+        "noise": values.difference(insight.noise_sd) if insight.noise_sd is not None else "",
+        "scale": f"{scales[0][1]:.3g}" if scales and alike else "",
+        "scales": [] if alike else [(name, f"{scale:.3g}") for name, scale in scales],
+        "notes": insight.notes,
+        "rest": rest,
+        "rows": [
+            {
+                "css": domain_look(summary.domain_names.index(one.domain)).css,
+                "domain": one.domain,
+                "shares": f"{100 * one.shares[0]:.0f} % → {100 * one.shares[1]:.0f} %",
+                "change": _signed(one.change, values),
+                "change_interval": " to ".join(_signed(end, values) for end in one.change_interval),
+                "total": f"{100 * one.total:.0f} %",
+                "total_interval": f"{100 * one.total_interval[0]:.0f} to {100 * one.total_interval[1]:.0f} %",
+            }
+            for one in insight.sensitivities
+        ],
+    }
 
 
 def _measured_last(summary: StudySummary, trial: Trial) -> list[SampleResult]:

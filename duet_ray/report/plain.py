@@ -1,20 +1,30 @@
 """A study's summary and verdict as plain data, for `--json`: no NaN, no objects, stable names."""
 
 import math
+from dataclasses import asdict
 from typing import Any
 
 from duet_ray.records import SampleResult, Trial
+from duet_ray.report.curse import Promise, promises
+from duet_ray.report.objectives import judged, objective_of, on_front, parts
 from duet_ray.report.summary import (
     Measurement,
     StudySummary,
     base_measurement,
+    base_metrics,
     best_sample,
+    best_trial,
     chosen_trial,
     confirmation_of,
     confirmations,
     confirmed_name,
+    finalists,
+    metrics_of,
     n_ended,
     n_failed,
+    n_spent,
+    observed,
+    recommended_trial,
     state,
     uniform_trial,
 )
@@ -40,9 +50,16 @@ def to_json(summary: StudySummary) -> dict[str, Any]:
         "n_planned": summary.n_planned,
         "n_ended": n_ended(summary),
         "n_failed": n_failed(summary),
+        "n_spent": n_spent(summary),
+        "k_bounds": list(summary.k_bounds) if summary.k_bounds else None,
+        "n_past_runs": len(summary.past_runs),
         "base": _measurement(base) if base else None,
         "uniform": _trial_or_none(summary, uniform_trial(summary)),
         "best": _trial_or_none(summary, chosen_trial(summary)),
+        "naive_best": _name(best_trial(summary)),
+        "recommended": _name(recommended_trial(summary)),
+        "promises": [_promise(p) for p in promises(summary)],
+        "objective": _objective(summary),
         "confirmed": {name: _measurement(m) for name, m in again.items() if m},
         "verdict": {
             "headline": said.headline,
@@ -66,7 +83,7 @@ def _trial_or_none(summary: StudySummary, trial: Trial | None) -> dict[str, Any]
 
 
 def _trial(summary: StudySummary, trial: Trial) -> dict[str, Any]:
-    seen, best = trial.observation, best_sample(trial)
+    seen, best = trial.observation, best_sample(trial, summary.direction)
     values = [float(v) for v in trial.ratio.values] if trial.ratio else None
     return {
         "name": trial.name,
@@ -80,7 +97,65 @@ def _trial(summary: StudySummary, trial: Trial) -> dict[str, Any]:
         "sem": seen.sem if seen else None,
         "k_used": seen.k_used if seen else None,
         "adapter": best.adapter if best else None,
+        "settings": dict(trial.settings),
+        "fidelity": trial.fidelity,
+        "k": trial.k,
+        "posterior": _posterior(summary.posterior.get(trial.number)),
         "samples": [_sample(s) for s in trial.samples],
+    }
+
+
+def _name(trial: Trial | None) -> str | None:
+    return trial.name if trial else None
+
+
+def _posterior(found: tuple[float, float] | None) -> dict[str, float] | None:
+    return {"mean": found[0], "sd": found[1]} if found else None
+
+
+def _promise(promise: Promise) -> dict[str, Any]:
+    return {
+        "trial": promise.trial.name,
+        "roles": list(promise.roles),
+        "observed": promise.observed,
+        "expected": _posterior(promise.expected),
+        "measured_again": _measurement(promise.again) if promise.again else None,
+        "too_good_by": promise.too_good,
+        "interval": list(promise.interval) if promise.interval else None,
+        "confidence": CONFIDENCE if promise.interval else None,
+    }
+
+
+def _objective(summary: StudySummary) -> dict[str, Any] | None:
+    """What the study asks of several metrics, and what the ratios make of it; None where it asks for one number."""
+    config, objective = summary.config, objective_of(summary.config)
+    if config is None or objective is None:
+        return None
+    base, chosen = base_metrics(summary), chosen_trial(summary)
+    trials = [t for t in observed(summary) if t.fidelity == 1]
+    values = [metrics_of(summary, t, fresh=False) for t in trials]
+    weighed = list({t.name: t for t in (*(t for t, _ in finalists(summary)), *([chosen] if chosen else []))}.values())
+    return {
+        "base": base,
+        "metrics": {t.name: found for t, found in zip(trials, values, strict=True)},
+        "front": [t.name for t, best in zip(trials, on_front(config, values), strict=True) if best],
+        "requirements": {
+            t.name: [
+                {
+                    "text": one.requirement.text,
+                    "value": one.value,
+                    "base": one.base,
+                    "bound": one.bound,
+                    "margin": one.margin,
+                    "kept": one.kept,
+                }
+                for one in judged(config, metrics_of(summary, t, fresh=True), base)
+            ]
+            for t in weighed
+        },
+        "parts": {
+            t.name: [asdict(part) for part in parts(config, metrics_of(summary, t, fresh=True))] for t in weighed
+        },
     }
 
 

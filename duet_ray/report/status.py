@@ -20,20 +20,25 @@ from duet_ray.report.palette import domain_look
 from duet_ray.report.summary import (
     StudySummary,
     base_measurement,
+    best_trial,
     chosen_trial,
     confirmation_of,
     confirmed_name,
     failure_reasons,
+    is_anywhere,
+    k_text,
     measurement_of,
-    n_ended,
     n_stopped,
+    own_text,
+    past_runs_text,
+    progress_text,
     running_best,
     searched,
     uniform_trial,
     value_format,
     value_of,
 )
-from duet_ray.report.wording import ValueFormat, better_is, duration, first_line, plural, ratio_text
+from duet_ray.report.wording import ValueFormat, better_is, duration, first_line, number, plural, ratio_text
 
 BAR_CELLS = (12, 32)
 """Narrowest and widest bar."""
@@ -42,11 +47,12 @@ SHOWN_VALUES = 4
 
 
 class RatioBar:
-    """A ratio as a bar of terminal cells, as wide as the table allows."""
+    """A ratio as a bar of terminal cells, as wide as the table allows; `below` it there may be a few words."""
 
-    def __init__(self, ratio: Ratio, *, faint: bool = False) -> None:
+    def __init__(self, ratio: Ratio, *, faint: bool = False, below: str = "") -> None:
         self.ratio = ratio
         self.faint = faint
+        self.below = below
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Width:
         return Width(*BAR_CELLS).with_maximum(options.max_width)
@@ -58,6 +64,9 @@ class RatioBar:
                 look = domain_look(index)
                 style = None if letters else Style(color=look.colour, dim=self.faint)
                 yield Segment((look.letter if letters else look.glyph) * n, style)
+        if self.below:
+            yield Segment.line()
+            yield Text(self.below, style="dim")
 
 
 def shows_letters(console: Console) -> bool:
@@ -102,7 +111,7 @@ def trial_table(
     table.add_column("trial", no_wrap=True)
     table.add_column("kind", no_wrap=True)
     table.add_column("ratio", min_width=BAR_CELLS[0])
-    table.add_column(f"values (k = {summary.k})" if summary.k > 1 else "value")
+    table.add_column(f"values (k = {k_text(summary)})" if summary.k > 1 else "value")
     table.add_column("observed", justify="right", no_wrap=True)
     table.add_column("best so far", justify="right", no_wrap=True)
     if len(shown) < len(summary.trials):
@@ -112,7 +121,7 @@ def trial_table(
         table.add_row(
             Text(trial.name + mark, style="bold" if mark else ""),
             Text(trial.kind),
-            RatioBar(trial.ratio, faint=trial.status != "done") if trial.ratio else Text("untouched model"),
+            _tried(trial),
             _values(trial, active, values),
             _observed(trial, values),
             _best_cell(trial, best_at.get(trial.number), values),
@@ -127,6 +136,13 @@ def trial_table(
     )
 
 
+def _tried(trial: Trial) -> RenderableType:
+    """What the trial tries: its ratio, and below it what else is its own."""
+    if trial.ratio is None:
+        return Text("untouched model")
+    return RatioBar(trial.ratio, faint=trial.status != "done", below=own_text(trial))
+
+
 def log_line(summary: StudySummary, trial: Trial) -> str:
     """One line for a trial that ended, for logs: no colours, no line breaks.
 
@@ -136,15 +152,17 @@ def log_line(summary: StudySummary, trial: Trial) -> str:
     values = value_format(summary)
     parts = [f"{trial.name} {trial.kind} {trial.method}".rstrip() if trial.kind != "base" else "base untouched model"]
     if trial.ratio:
-        parts.append(ratio_text(trial.ratio, summary.domain_names, most=5))
+        parts.append(
+            ", ".join(p for p in (ratio_text(trial.ratio, summary.domain_names, most=5), own_text(trial)) if p)
+        )
     parts.append(_outcome(summary, trial, values))
     if trial.kind in ("start", "search"):
         pairs = running_best(summary, up_to=trial.number)
         best = pairs[-1][1] if pairs else None
         if best:
             parts.append(f"best so far {best.name} {values(value_of(best))}")
-        ended = sum(t.status != "pending" for t in searched(summary) if t.number <= trial.number)
-        parts.append(f"{ended}/{summary.n_planned}")
+        ended = [t.fidelity for t in searched(summary) if t.status != "pending" and t.number <= trial.number]
+        parts.append(f"{number(sum(ended))}/{summary.n_planned}")
     return " | ".join(parts)
 
 
@@ -160,10 +178,8 @@ def _outcome(summary: StudySummary, trial: Trial, values: ValueFormat) -> str:
         again = measurement_of(trial.samples)
         assert again is not None
         error = f" ± {values.difference(again.standard_error)}" if again.standard_error else ""
-        text = (
-            f"{confirmed_name(trial)} again: {summary.feedback_name} mean {values(again.mean)}{error} "
-            f"(of {again.n}: {listed})"
-        )
+        whose = "the model's best of all ratios" if is_anywhere(trial) else f"{confirmed_name(trial)} again"
+        text = f"{whose}: {summary.feedback_name} mean {values(again.mean)}{error} (of {again.n}: {listed})"
     elif trial.observation is None:
         text = f"{summary.feedback_name} {listed}" if trial.kind == "base" else f"FAILED: too few values ({listed})"
     elif trial.observation.k == 1:
@@ -227,6 +243,14 @@ def _best_cell(trial: Trial, best: Trial | None, values: ValueFormat) -> Text:
     return Text(values(value_of(best)), style="bold green" if best is trial else "dim")
 
 
+def _said_of_best(summary: StudySummary, best: Trial, values: ValueFormat) -> str:
+    expected = summary.posterior.get(best.number)
+    if best is best_trial(summary) or expected is None:
+        return f"best so far: {best.name} {values(value_of(best))}"
+    error = f" ± {values.difference(expected[1])}"
+    return f"recommended so far: {best.name} {values(value_of(best))}, expected {values(expected[0])}{error}"
+
+
 class _Flow:
     """Pieces side by side, as many a line as fit; a piece is never broken unless it is wider than the line."""
 
@@ -266,11 +290,14 @@ def _footer(
         said = (
             f"to take: {best.name}, mean {values(again.mean)} with fresh seeds"
             if again
-            else (f"best so far: {best.name} {values(value_of(best))}")
+            else _said_of_best(summary, best, values)
         )
-        lines.append(Text(f"{said}, {ratio_text(best.ratio, summary.domain_names)}"))
-    base, uniform = base_measurement(summary), uniform_trial(summary)
-    facts = [f"{n_ended(summary)} of {plural(summary.n_planned, 'trial')}"]
+        own = f", {own_text(best)}" if own_text(best) else ""
+        lines.append(Text(f"{said}, {ratio_text(best.ratio, summary.domain_names)}{own}"))
+    base, uniform = base_measurement(summary, as_trials=True), uniform_trial(summary)
+    facts = [progress_text(summary)]
+    if past := past_runs_text(summary):
+        facts.append(past)
     if base:
         facts.append(f"untouched model {values(base.mean)}")
     if uniform and uniform.observation:

@@ -11,19 +11,27 @@ from dataclasses import dataclass
 from typing import Literal
 
 from duet_ray.records import Direction, Trial
+from duet_ray.report.objectives import judged, objective_of
 from duet_ray.report.summary import (
     Measurement,
     StudySummary,
     base_measurement,
+    base_metrics,
     best_measured,
     best_trial,
     chosen_trial,
     confirmation_of,
+    confirmations,
+    confirmed_name,
     failure_reasons,
     finalists,
-    n_ended,
+    is_anywhere,
+    is_open,
+    is_same_point,
+    metrics_of,
     n_failed,
     observed,
+    progress_text,
     searched,
     state,
     uniform_trial,
@@ -31,7 +39,7 @@ from duet_ray.report.summary import (
     value_of,
 )
 from duet_ray.report.welch import CONFIDENCE, Welch, welch
-from duet_ray.report.wording import ValueFormat, better_is, plural
+from duet_ray.report.wording import ValueFormat, better_is, join_words, plural
 
 Outcome = Literal["beats", "loses", "unclear", "ahead", "behind", "equal", "same"]
 """`beats`, `loses`: the 95 % interval excludes 0; `unclear`: it includes 0; `ahead`, `behind`, `equal`: there is no
@@ -113,6 +121,7 @@ def verdict(summary: StudySummary) -> Verdict:
     sentences = [
         *_progress(summary),
         *(_comparison_sentence(summary, best, c, values) for c in comparisons if c.outcome != "same"),
+        *_objective_sentences(summary, best),
         *_curse_sentence(summary, best, again, values),
         *_caveats(summary, best, comparisons, again),
     ]
@@ -149,10 +158,10 @@ def compare(
 
 
 def _versus_base(summary: StudySummary, best: Trial) -> Comparison | None:
-    base = base_measurement(summary)
+    again = confirmation_of(summary, best.name)
+    base = base_measurement(summary, as_trials=again is None)
     if base is None:
         return None
-    again = confirmation_of(summary, best.name)
     return compare(
         again or _as_measurement(best),
         base,
@@ -168,7 +177,7 @@ def _versus_uniform(summary: StudySummary, best: Trial) -> Comparison | None:
     if uniform is None:
         return None
     again, uniform_again = confirmation_of(summary, best.name), confirmation_of(summary, uniform.name)
-    if best.ratio == uniform.ratio:
+    if is_same_point(best, uniform):
         own = again or _as_measurement(best)
         basis: Basis = "confirm" if again else "observation"
         return Comparison(against="uniform", basis=basis, best=own, other=own, outcome="same")
@@ -188,14 +197,14 @@ def _versus_uniform(summary: StudySummary, best: Trial) -> Comparison | None:
 def _versus_finalist(summary: StudySummary, best: Trial) -> Comparison | None:
     """The chosen uniform ratio against the best finalist, which it has overtaken."""
     again, uniform, rival = confirmation_of(summary, best.name), uniform_trial(summary), _rival(summary, best)
-    if again is None or rival is None or uniform is None or uniform.ratio != best.ratio:
+    if again is None or rival is None or uniform is None or not is_same_point(uniform, best):
         return None
     return compare(again, rival[1], summary.direction, against="finalist", basis="confirm")
 
 
 def _rival(summary: StudySummary, best: Trial) -> tuple[Trial, Measurement] | None:
     """The best of the finalists with another ratio than the chosen one."""
-    return best_measured([f for f in finalists(summary) if f[0].ratio != best.ratio], summary.direction)
+    return best_measured([f for f in finalists(summary) if not is_same_point(f[0], best)], summary.direction)
 
 
 def _as_measurement(trial: Trial) -> Measurement:
@@ -210,17 +219,25 @@ def _headline(
     if uniform and uniform.outcome == "same":
         return f"{_uniform_headline(summary, base, confirmed=confirmed)}{_not_confirmed(summary, confirmed)}."
     if base and uniform and base.outcome == uniform.outcome:
-        text = f"{subject} {_VERBS[base.outcome]} both {_NAMES['base']} and {_NAMES['uniform']}"
+        text = f"{subject} {_VERBS[base.outcome]} both {_NAMES['base']} and {_named(summary, 'uniform')}"
     elif base and uniform:
         link = "and" if _good(base) == _good(uniform) else "but"
-        text = (
-            f"{subject} {_VERBS[base.outcome]} {_NAMES['base']}, {link} {_VERBS[uniform.outcome]} {_NAMES['uniform']}"
-        )
+        start = f"{subject} {_VERBS[base.outcome]} {_NAMES['base']}"
+        text = f"{start}, {link} {_VERBS[uniform.outcome]} {_named(summary, 'uniform')}"
     elif known := base or uniform:
-        text = f"{subject} {_VERBS[known.outcome]} {_NAMES[known.against]}"
+        text = f"{subject} {_VERBS[known.outcome]} {_named(summary, known.against)}"
     else:
         return f"{subject} so far is {best.name}; there is nothing to compare it with yet."
     return f"{text}{_not_confirmed(summary, confirmed)}."
+
+
+def _named(summary: StudySummary, against: Against) -> str:
+    """Trial 0 is more than a ratio where training settings are searched too."""
+    optimize = summary.config.search.optimize if summary.config is not None else "data"
+    if against == "uniform" and optimize != "data":
+        own = "the study's own settings"
+        return own if optimize == "model" else f"{_NAMES[against]} with {own}"
+    return _NAMES[against]
 
 
 def _uniform_headline(summary: StudySummary, base: Comparison | None, *, confirmed: bool) -> str:
@@ -228,8 +245,14 @@ def _uniform_headline(summary: StudySummary, base: Comparison | None, *, confirm
     than_base = f"{_VERBS[base.outcome]} {_NAMES['base']}" if base else ""
     if len(summary.domain_names) == 1:
         return f"The only ratio there is {than_base}" if base else "There is only one ratio"
+    if summary.config is not None and summary.config.search.optimize == "model":
+        return "The study's own settings are the best found" + (f"; their model {than_base}" if base else "")
     if not confirmed:
         return "The uniform ratio is the best found" + (f"; it {than_base}" if base else "")
+    objective = objective_of(summary.config)
+    if objective is not None and (objective.pareto or objective.require):
+        why = "is the compromise to take" if objective.pareto else "is the best that keeps the requirements"
+        return f"The uniform ratio {why}" + (f"; it {than_base}" if base else "")
     if base and not _good(base):
         return f"No mixture found beats the uniform ratio, and that one {than_base}"
     return "No mixture found beats the uniform ratio: take the uniform one" + (f"; it {than_base}" if base else "")
@@ -263,7 +286,7 @@ def _tone(comparisons: list[Comparison], *, confirmed: bool, uniform_is_best: bo
 def _comparison_sentence(summary: StudySummary, best: Trial, comparison: Comparison, values: ValueFormat) -> str:
     """`Against the uniform ratio: heldout_loss 2.11 ± 0.01 (…) against 2.15 ± 0.01 (…); 0.04 lower (…), …`"""
     by = "no difference" if comparison.difference == 0 else _sided(comparison.difference, values)
-    name = _NAMES[comparison.against]
+    name = _named(summary, comparison.against)
     if comparison.against == "finalist" and (rival := _rival(summary, best)):
         name = f"{name}, {rival[0].name}"
     start = f"Against {name}: {summary.feedback_name}"
@@ -315,8 +338,8 @@ def _with_error(measurement: Measurement, values: ValueFormat) -> str:
 
 
 def _curse_sentence(summary: StudySummary, best: Trial, again: Measurement | None, values: ValueFormat) -> list[str]:
-    if again is None:
-        return []
+    if again is None or is_anywhere(best):
+        return []  # a ratio that was only trained to confirm it has promised nothing
     seen, mean = value_of(best), again.mean
     used = best.observation.k_used if best.observation else 1
     of = f"the best of its {plural(used, 'sample')}" if used > 1 else "one sample"
@@ -329,19 +352,48 @@ def _curse_sentence(summary: StudySummary, best: Trial, again: Measurement | Non
     return [f"{start}; {end}"]
 
 
+def _objective_sentences(summary: StudySummary, best: Trial) -> list[str]:
+    """What the best ratio makes of requirements and of a front, where the study asks for more than one number."""
+    config, objective = summary.config, objective_of(summary.config)
+    if config is None or objective is None:
+        return []
+    found = []
+    if objective.pareto:
+        found.append(
+            f"{join_words(objective.pareto)} are traded off, so there is no best ratio but a front; {best.name} is the "
+            "compromise that gives up least."
+        )
+    for one in judged(config, metrics_of(summary, best, fresh=True), base_metrics(summary)):
+        if one.kept is None:
+            found.append(f"Whether {best.name} keeps the requirement {one.requirement.text} is not known.")
+        elif one.kept:
+            found.append(f"{best.name} keeps the requirement {one.requirement.text}: it has {one.value:.4g}.")
+        else:
+            found.append(
+                f"{best.name} breaks the requirement {one.requirement.text}: it has {one.value:.4g}, and no ratio that "
+                "could be taken keeps all requirements."
+            )
+    return found
+
+
 def _caveats(summary: StudySummary, best: Trial, comparisons: list[Comparison], again: Measurement | None) -> list[str]:
     found = []
-    if again is None and len(observed(summary)) > 1:
+    if again is None and len(observed(summary)) > 1 and best is best_trial(summary):
         found.append(
             f"{best.name} is the best of {plural(len(observed(summary)), 'trial')}, and the best of many noisy numbers "
             "is too good: only a measurement with fresh seeds can tell."
         )
+    elif again is None and len(observed(summary)) > 1:
+        found.append(
+            f"{best.name} is the ratio that the search's model expects the most of, not the luckiest observation; only "
+            "a measurement with fresh seeds can tell."
+        )
     found += _choice_caveats(summary, best) if again else []
     found += _width_caveat(comparisons)
-    if best.observation and (n_lost := sum(s.failed for s in best.samples)):
+    if best.observation and not is_anywhere(best) and (n_lost := sum(s.failed for s in best.samples)):
         found.append(
-            f"{best.name} has only {best.observation.k_used} of {plural(summary.k, 'sample')}: {n_lost} failed, and "
-            "the best of fewer samples is a weaker observation."
+            f"{best.name} has only {best.observation.k_used} of {plural(len(best.samples), 'sample')}: {n_lost} "
+            "failed, and the best of fewer samples is a weaker observation."
         )
     return found
 
@@ -350,10 +402,16 @@ def _choice_caveats(summary: StudySummary, best: Trial) -> list[str]:
     """How the best of the confirmed ratios was chosen, and what that does to its numbers."""
     found, observed_best, again = [], best_trial(summary), finalists(summary)
     n_candidates = len(again) + all(best is not trial for trial, _ in again)  # the uniform ratio may win as well
+    if is_anywhere(best):
+        found.append(
+            f"{best.name} is no trial of the search: its model expected the most of this ratio, which was then trained "
+            "to confirm it."
+        )
     if observed_best and observed_best is not best:
         start = f"{observed_best.name} had the best observation, but"
         if not confirmation_of(summary, observed_best.name):
-            found.append(f"{start} none of its fresh repeats has a value.")
+            tried = any(confirmed_name(t) == observed_best.name for t in confirmations(summary))
+            found.append(f"{start} {'none of its fresh repeats has a value' if tried else 'was not measured again'}.")
         elif best is uniform_trial(summary):
             found.append(f"{start} measured again the uniform ratio, {best.name}, has the better mean.")
         else:
@@ -384,10 +442,10 @@ def _width_caveat(comparisons: list[Comparison]) -> list[str]:
 
 
 def _progress(summary: StudySummary) -> list[str]:
-    ended, failed = n_ended(summary), n_failed(summary)
+    failed = n_failed(summary)
     found = []
-    if ended < summary.n_planned:
-        found.append(f"The study is not finished: {ended} of {plural(summary.n_planned, 'trial')} have ended.")
+    if is_open(summary):
+        found.append(f"The study is not finished: {progress_text(summary)} have ended.")
     if failed:
         reason, times = failure_reasons(searched(summary))[0] if failure_reasons(searched(summary)) else ("", 0)
         why = f" Most frequent reason ({times} ×): {reason.rstrip('.')}." if reason else ""

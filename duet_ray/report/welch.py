@@ -63,6 +63,14 @@ def welch(a: Measurement, b: Measurement) -> Welch | None:
     )
 
 
+def mean_reach(measurement: Measurement) -> float | None:
+    """How far the 95 % interval of a mean reaches each way: t s / √n, n − 1 degrees of freedom; None: not known."""
+    error = measurement.standard_error
+    if error is None or measurement.n < 2:
+        return error
+    return _student_quantile(measurement.n - 1) * error if error > 0 else None
+
+
 def _student_quantile(degrees_of_freedom: float) -> float:
     from scipy.stats import t  # a second to import: only when there is something to weigh
 

@@ -3,10 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from duet_ray.records import Direction, Ratio
+from duet_ray.records import Direction, Ratio, Settings
 
 MAX_DECIMALS = 8
 
@@ -61,6 +62,45 @@ def ratio_text(ratio: Ratio, names: Sequence[str], *, most: int | None = None) -
     shown = used if most is None or len(used) <= most else used[:most]
     text = ", ".join(f"{names[i]} {share(ratio.counts[i], ratio.n_rows)}" for i in shown)
     return text if len(shown) == len(used) else f"{text}, + {len(used) - len(shown)} more"
+
+
+_SHORT = {"learning_rate": "lr", "target_modules": "modules", "batch_size": "batch", "warmup_ratio": "warm-up"}
+
+
+def settings_text(settings: Settings) -> str:
+    """`rank 32, lr 2e-4`: a trial's own training settings; empty where it has none."""
+    return ", ".join(f"{_setting_name(path)} {_setting_value(value)}" for path, value in settings)
+
+
+def _setting_name(path: str) -> str:
+    name = path.removeprefix("training.")
+    return _SHORT.get(name, name.replace("_", " "))
+
+
+def _setting_value(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return "none" if value is None else "on" if value else "off"
+    if isinstance(value, list | tuple):
+        numbers = [v for v in value if isinstance(v, int)]
+        if len(numbers) == len(value) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1)):
+            return f"{numbers[0]}–{numbers[-1]}"
+        return " + ".join(str(v) for v in value)
+    if isinstance(value, float):
+        if value == 0 or 1e-3 <= abs(value) < 1e4:
+            return f"{value:.4g}"
+        mantissa, _, exponent = f"{value:.3e}".partition("e")
+        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    return str(value)
+
+
+def fidelity_text(fidelity: float) -> str:
+    """`on 25 % of the rows`; empty for a whole trial."""
+    return "" if fidelity == 1 else f"on {100 * fidelity:.3g} % of the rows"
+
+
+def number(value: float) -> str:
+    """`12`, `3.25`: a count that need not be whole, without trailing zeros."""
+    return f"{value:,.2f}".rstrip("0").rstrip(".")
 
 
 def duration(seconds: float) -> str:

@@ -2,38 +2,36 @@
 
 Ax's stock optimiser starts from random points of the polytope, and returns floats that no mixture of whole rows
 realises. This subclass of Ax's `Acquisition` starts where optima of mixtures lie (vertices, faces, the interior,
-around what was observed), follows the gradient under the equality constraint, then projects onto the lattice and
-**scores again**: the value compared is the value of the ratio that will be trained. A lattice small enough to be
-listed is searched completely instead.
+around what was observed), follows the gradient under the constraints, then projects onto the lattice and **scores
+again**: the value compared is the value of the point that will be trained. A lattice small enough to be listed is
+searched completely instead. Training settings, where they are searched too, are drawn along, moved to values that a
+trial can have, and at the best points all tried.
 
 Nothing depends on the order of the domains except the random draws, so the optimum is symmetric in them.
-
-`LowerConfidenceBound` is the paper's acquisition, in closed form, with pending ratios.
 """
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from ax.core.search_space import SearchSpaceDigest
 from ax.generators.torch.botorch_modular.acquisition import Acquisition
-from botorch.acquisition.analytic import UpperConfidenceBound
-from botorch.acquisition.input_constructors import acqf_input_constructor
-from botorch.acquisition.objective import PosteriorTransform
 from botorch.exceptions.warnings import OptimizationWarning
-from botorch.models import SingleTaskGP
-from botorch.models.model import Model
 from botorch.optim.optimize import optimize_acqf
-from gpytorch.likelihoods import FixedNoiseGaussianLikelihood
 
-from duet_ray.search.simplex import SimplexSpace
+from duet_ray.records import Point, Ratio
+from duet_ray.search.acquisitions import ThompsonDraw
+from duet_ray.search.features import PointSpace
+from duet_ray.search.simplex import SMALL_LATTICE
 
 Constraints = list[tuple[torch.Tensor, torch.Tensor, float]]
 
-_N_STARTS = 8
+_N_STARTS = 4
 """Gradient searches per proposal."""
+_N_STEPS = 50
+"""Steps of a gradient search: what it has found after that many is within hundredths of a standard deviation."""
 _JOINT_VARIABLES = 100
 """Searches run jointly, up to so many variables: a step of SLSQP costs the cube of them."""
 _N_DRAWS = 256
@@ -42,69 +40,45 @@ _JITTERS = (0.1, 0.03, 0.01)
 """Standard deviations, in shares, of the noise around observed and pending ratios."""
 _CHUNK = 512
 """Points scored at once: bounds the memory of the posterior."""
+_N_POLISHED = 3
+"""Best points at which every combination of settings is tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SimplexOptions:
     """What the optimiser must know beyond Ax's search space; handed over as `acquisition_options["simplex"]`."""
 
-    space: SimplexSpace
-    free: tuple[int, ...]
-    """The domains that the bounds do not fix: the features of Ax's search space, in its order."""
+    space: PointSpace
     seed: int
-    avoid: frozenset[tuple[int, ...]]
-    """Rows of ratios that are proposed only if there is no other."""
+    avoid: frozenset[Point]
+    """Points that are proposed only if there is no other. Their fidelity is not looked at."""
 
 
-class LowerConfidenceBound(UpperConfidenceBound):
-    """The paper's acquisition: minimise μ_t(r) − β σ_t(r), that is, maximise −μ + β σ of the negated loss.
+@dataclass(frozen=True)
+class Candidates:
+    """Points of the lattice, as arrays."""
 
-    BoTorch multiplies σ by √beta, so the factor β of the paper is `beta = β²` there. A pending ratio counts as if its
-    loss had come out as predicted: μ stays, σ shrinks around it (GP-BUCB: Desautels, Krause & Burdick 2014, Sec. 4).
+    rows: np.ndarray
+    """`(n_points, n_domains)` whole rows per domain."""
+    settings: np.ndarray
+    """`(n_points, n_settings)` features of settings that a trial can have."""
 
-    BoTorch's own way with pending points, the Monte Carlo `qUpperConfidenceBound`, is not used: its value is that of
-    the best of candidate and pending *together*, so with good ratios pending all candidates are worth nearly the same
-    and the sampling error (1e-4) decides. With four pending it proposed a ratio that it expected to be 17 σ worse.
-    """
+    def __len__(self) -> int:
+        return len(self.rows)
 
-    def __init__(
-        self,
-        model: SingleTaskGP,
-        *,
-        factor: float,
-        posterior_transform: PosteriorTransform | None = None,
-        pending: torch.Tensor | None = None,
-    ) -> None:
-        """
-        Args:
-            factor: β, the factor on σ.
-            posterior_transform: Ax's negation of the loss.
-            pending: `(n_pending, n_free)` shares.
-        """
-        believing = model if pending is None else _believing(model, pending)
-        super().__init__(model=believing, beta=factor**2, posterior_transform=posterior_transform)
+    def __getitem__(self, chosen: np.ndarray) -> "Candidates":
+        return Candidates(self.rows[chosen], self.settings[chosen])
 
+    def joined(self, *others: "Candidates") -> "Candidates":
+        """All distinct points of both."""
+        every = [self, *others]
+        both = np.unique(np.vstack([np.hstack([c.rows, c.settings]) for c in every]), axis=0)
+        n_domains = self.rows.shape[1]
+        return Candidates(both[:, :n_domains].astype(np.int64), both[:, n_domains:])
 
-@acqf_input_constructor(LowerConfidenceBound)
-def _lower_confidence_bound_inputs(
-    model: SingleTaskGP,
-    factor: float,
-    posterior_transform: PosteriorTransform | None = None,
-    X_pending: torch.Tensor | None = None,
-    **unused: Any,
-) -> dict[str, Any]:
-    """What of Ax's offer the class takes; BoTorch looks it up when Ax builds the acquisition."""
-    return {"model": model, "factor": factor, "posterior_transform": posterior_transform, "pending": X_pending}
-
-
-def _believing(model: SingleTaskGP, pending: torch.Tensor) -> Model:
-    """The model after seeing at each pending point exactly what it predicts there."""
-    with torch.no_grad():
-        predicted = model.posterior(pending).mean
-    noise: dict[str, torch.Tensor] = {}
-    if isinstance(model.likelihood, FixedNoiseGaussianLikelihood):
-        noise["noise"] = model.likelihood.noise.mean().expand_as(predicted)
-    return model.condition_on_observations(X=pending, Y=predicted, **noise)
+    def point(self, index: int, space: PointSpace) -> Point:
+        ratio = Ratio(counts=tuple(self.rows[index].tolist()))
+        return Point(ratio=ratio, settings=space.decode_settings(self.settings[index]))
 
 
 class SimplexAcquisition(Acquisition):
@@ -120,34 +94,64 @@ class SimplexAcquisition(Acquisition):
         *unused: Any,
         **unused_options: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Find the lattice point with the largest acquisition value.
+        """Find the point with the largest acquisition value.
 
         Returns:
-            the point, `(1, n_free)` shares; its acquisition value, `(1,)`; its weight, always 1.
+            the point, `(1, n_features)`, at the fidelity of a whole trial; its acquisition value, `(1,)`; its weight,
+            always 1.
         """
-        assert n == 1, "one ratio at a time"
-        assert not inequality_constraints, "the bounds and the sum are all the constraints there are"
+        assert n == 1, "one point at a time"
         assert not fixed_features, "fixed domains are no features"
+        assert not inequality_constraints, "they come from the space, which Ax need not check again"
         options: SimplexOptions = self.options["simplex"]
-        rows = options.space.all_rows()
-        if rows is None:
-            rows = self._starts(options)
-            best = np.argsort(-self._score(rows, options), kind="stable")[:_N_STARTS]
-            bounds = torch.tensor(search_space_digest.bounds, dtype=self.dtype).T
-            climbed = self._climb(self._points(rows[best], options), bounds, equality_constraints)
-            rows = np.unique(np.vstack([rows, options.space.project_rows(self._shares(climbed, options))]), axis=0)
-        values = self._score(rows, options)
-        chosen = _best_allowed(rows, values, options.avoid)
+        candidates = _listed(options.space)
+        if candidates is None:
+            candidates = self._starts(options)
+            if not isinstance(self.acqf, ThompsonDraw):  # A draw is one value a point, and has no gradient to follow.
+                best = np.argsort(-self._score(candidates, options), kind="stable")[:_N_STARTS]
+                bounds = torch.tensor(search_space_digest.bounds, dtype=self.dtype).T
+                climbed = self._climb(self._features(candidates[best], options), bounds, equality_constraints)
+                candidates = candidates.joined(self._on_lattice(climbed, options))
+        values = self._score(candidates, options)
+        if (combinations := _every_setting(options.space)) is not None and not isinstance(self.acqf, ThompsonDraw):
+            best = np.argsort(-values, kind="stable")[:_N_POLISHED]
+            rows = np.repeat(candidates.rows[best], len(combinations), axis=0)
+            candidates = candidates.joined(Candidates(rows, np.tile(combinations, (len(best), 1))))
+            values = self._score(candidates, options)
+        chosen = _best_allowed(candidates, values, options)
         return (
-            self._points(rows[[chosen]], options),
+            self._features(candidates[np.array([chosen])], options),
             torch.tensor(values[[chosen]], dtype=self.dtype),
             torch.ones(1, dtype=self.dtype),
         )
 
-    def _starts(self, options: SimplexOptions) -> np.ndarray:
-        """Distinct lattice points `(n_points, n_domains)`, as rows, among which an optimum's basin should be."""
-        n_free, random = len(options.free), np.random.default_rng(options.seed)
-        fixed = np.array(options.space.tightest()[0]) / options.space.n_rows
+    def _starts(self, options: SimplexOptions) -> Candidates:
+        """Distinct points among which an optimum's basin should be."""
+        space = options.space
+        random = np.random.default_rng(options.seed)
+        known = [x.detach().reshape(-1, space.n_features) for x in (self.X_observed, self.X_pending) if x is not None]
+        if space.free:
+            rows = space.simplex.feasible_rows(self._drawn_shares(options, known, random))
+            rows = np.unique(rows, axis=0)
+        else:
+            only = space.fixed_ratio or space.simplex.uniform()
+            rows = np.tile(np.array(only.counts), (_N_DRAWS, 1))
+        if not space.knobs:
+            return Candidates(rows, np.empty((len(rows), 0)))
+        drawn = Candidates(rows, space.snap_settings(random.random((len(rows), space.n_settings))))
+        seen = [self._on_lattice(x, options) for x in known]
+        beside = [
+            Candidates(s.rows, space.snap_settings(s.settings + random.normal(0, 0.2, s.settings.shape))) for s in seen
+        ]
+        return drawn.joined(*seen, *beside)
+
+    def _drawn_shares(
+        self, options: SimplexOptions, known: list[torch.Tensor], random: np.random.Generator
+    ) -> np.ndarray:
+        """Shares `(n_points, n_domains)`, not on the lattice yet."""
+        free = list(options.space.free)
+        n_free = len(free)
+        fixed = np.array(options.space.simplex.tightest()[0]) / options.space.simplex.n_rows
         drawn = np.vstack(
             [
                 random.dirichlet(np.full(n_free, 1.0), _N_DRAWS),
@@ -158,13 +162,14 @@ class SimplexAcquisition(Acquisition):
             ]
         )
         inside = np.tile(fixed, (len(drawn), 1))
-        inside[:, options.free] += (1 - fixed.sum()) * drawn
-        known = [self._shares(x, options) for x in (self.X_observed, self.X_pending) if x is not None]
-        around = [k + random.normal(0, scale, k.shape) for k in known for scale in _JITTERS]
-        return np.unique(options.space.project_rows(np.vstack([inside, *known, *around])), axis=0)
+        inside[:, free] += (1 - fixed.sum()) * drawn
+        seen = [self._shares(x, options) for x in known]
+        around = [k + random.normal(0, scale, k.shape) for k in seen for scale in _JITTERS]
+        return np.vstack([inside, *seen, *around])
 
     def _climb(self, starts: torch.Tensor, bounds: torch.Tensor, equality: Constraints | None) -> torch.Tensor:
-        """Follow the gradient from each of `starts`, `(n_starts, n_free)`; returns as many points."""
+        """Follow the gradient from each of `starts`, `(n_starts, n_features)`; returns as many points."""
+        space = self.options["simplex"].space
         with warnings.catch_warnings():
             # A line search that ends early returns its best point, which is all that is needed: it is scored again.
             warnings.simplefilter("ignore", OptimizationWarning)
@@ -175,28 +180,80 @@ class SimplexAcquisition(Acquisition):
                 num_restarts=len(starts),
                 batch_initial_conditions=starts.unsqueeze(1),
                 equality_constraints=equality,
-                options={"maxiter": 100, "batch_limit": max(2, _JOINT_VARIABLES // starts.shape[-1])},
+                inequality_constraints=_inequalities(space, self.dtype),
+                fixed_features={space.n_features - 1: 0.0} if space.has_fidelities else None,
+                options={"maxiter": _N_STEPS, "batch_limit": max(2, _JOINT_VARIABLES // starts.shape[-1])},
                 return_best_only=False,
             )
         points = points.detach().reshape(-1, starts.shape[-1])
         return points[torch.isfinite(points).all(dim=1)]
 
-    def _score(self, rows: np.ndarray, options: SimplexOptions) -> np.ndarray:
-        """The acquisition value of every row vector: `(n_points,)`."""
-        points = self._points(rows, options).unsqueeze(1)
+    def _score(self, candidates: Candidates, options: SimplexOptions) -> np.ndarray:
+        """The acquisition value of every point: `(n_points,)`."""
+        points = self._features(candidates, options)
         with torch.no_grad():
-            return torch.cat([self.evaluate(X=chunk) for chunk in points.split(_CHUNK)]).numpy()
+            if isinstance(self.acqf, ThompsonDraw):
+                return self.acqf.draw(points).numpy()
+            return torch.cat([self.evaluate(X=chunk) for chunk in points.unsqueeze(1).split(_CHUNK)]).numpy()
 
-    def _points(self, rows: np.ndarray, options: SimplexOptions) -> torch.Tensor:
-        """Rows `(n_points, n_domains)` as Ax's features `(n_points, n_free)`."""
-        return torch.tensor(rows[:, options.free] / options.space.n_rows, dtype=self.dtype)
+    def _features(self, candidates: Candidates, options: SimplexOptions) -> torch.Tensor:
+        """Candidates as Ax's features `(n_points, n_features)`, whole trials."""
+        space = options.space
+        shares = candidates.rows[:, list(space.free)] / space.simplex.n_rows
+        whole = np.zeros((len(candidates), int(space.has_fidelities)))
+        return torch.tensor(np.hstack([shares, candidates.settings, whole]), dtype=self.dtype)
+
+    def _on_lattice(self, points: torch.Tensor, options: SimplexOptions) -> Candidates:
+        """Features `(n_points, n_features)` moved to points that a trial can have."""
+        space, n_free = options.space, len(options.space.free)
+        points = points.detach().reshape(-1, space.n_features)
+        if space.fixed_ratio is not None:
+            rows = np.tile(np.array(space.fixed_ratio.counts), (len(points), 1))
+        else:
+            rows = space.simplex.project_rows(self._shares(points, options))
+        settings = points[:, n_free : n_free + space.n_settings].numpy()
+        return Candidates(rows, space.snap_settings(settings))
 
     def _shares(self, points: torch.Tensor, options: SimplexOptions) -> np.ndarray:
-        """Ax's features `(n_points, n_free)` as shares `(n_points, n_domains)`."""
-        points = points.detach().reshape(-1, len(options.free))
-        shares = np.tile(np.array(options.space.tightest()[0]) / options.space.n_rows, (len(points), 1))
-        shares[:, options.free] = points.numpy()
+        """Ax's features `(n_points, n_features)` as shares `(n_points, n_domains)`."""
+        simplex, free = options.space.simplex, list(options.space.free)
+        shares = np.tile(np.array(simplex.tightest()[0]) / simplex.n_rows, (len(points), 1))
+        shares[:, free] = points[:, : len(free)].numpy()
         return shares
+
+
+def _listed(space: PointSpace) -> Candidates | None:
+    """Every point, where they are few enough to be scored one by one."""
+    combinations = _every_setting(space)
+    if space.knobs and combinations is None:
+        return None
+    n_settings = 1 if combinations is None else len(combinations)
+    if space.fixed_ratio is not None:
+        rows: np.ndarray | None = np.array([space.fixed_ratio.counts])
+    else:
+        rows = space.simplex.all_rows(max(1, SMALL_LATTICE // n_settings))
+    if rows is None:
+        return None
+    if combinations is None:
+        return Candidates(rows, np.empty((len(rows), 0)))
+    return Candidates(np.repeat(rows, n_settings, axis=0), np.tile(combinations, (len(rows), 1)))
+
+
+def _every_setting(space: PointSpace) -> np.ndarray | None:
+    """`(n_combinations, n_settings)`; None without settings, and where they are too many."""
+    combinations = space.all_settings() if space.knobs else None
+    return None if combinations is None else np.array([space.encode_settings(s) for s in combinations])
+
+
+def _inequalities(space: PointSpace, dtype: torch.dtype | None) -> Constraints | None:
+    """The linear constraints over domains as BoTorch writes them: Σ coefficients · x >= bound."""
+    if not space.free:
+        return None
+    matrix, bounds = space.simplex.linear_inequalities(space.free)
+    columns = torch.arange(len(space.free))
+    return [
+        (columns, -torch.tensor(row, dtype=dtype), -float(bound)) for row, bound in zip(matrix, bounds, strict=True)
+    ] or None
 
 
 def _on_faces(n_free: int, random: np.random.Generator) -> np.ndarray:
@@ -208,7 +265,8 @@ def _on_faces(n_free: int, random: np.random.Generator) -> np.ndarray:
     return points / points.sum(axis=1, keepdims=True)
 
 
-def _best_allowed(rows: np.ndarray, values: np.ndarray, avoid: frozenset[tuple[int, ...]]) -> int:
+def _best_allowed(candidates: Candidates, values: np.ndarray, options: SimplexOptions) -> int:
     """The index of the largest value outside `avoid`, or of the largest value where nothing else is left."""
     ranked = np.argsort(-values, kind="stable")
-    return int(next((i for i in ranked if tuple(rows[i].tolist()) not in avoid), ranked[0]))
+    avoid = {replace(point, fidelity=1.0) for point in options.avoid}
+    return int(next((i for i in ranked if candidates.point(i, options.space) not in avoid), ranked[0]))

@@ -1,23 +1,12 @@
-"""The Gaussian process over the simplex, in Ax: rebuilt, fitted and asked once per proposal.
-
-The kernel is the paper's isotropic squared exponential on the shares themselves,
-
-    κ(r, r') = exp(−‖r − r'‖² / (2 m²)),
-
-with unit variance on standardised losses, a constant mean, and m (and the noise, unless it is told) by maximum
-likelihood without priors. It is set by name, because SingleTaskGP's default kernel and priors change with the version.
-Inputs are not normalised: bounds on a domain would stretch its axis, and the kernel would no longer be isotropic.
+"""Ax: the model of `model.py` rebuilt, fitted and asked once per proposal.
 
 Of Ax we use the experiment, the adapter and the modular BoTorch generator directly. `Client` and `GenerationStrategy`
 are left out because attaching through them costs time quadratic in the trials (4.5 s of CPU at 200), and because the
 start design and the bookkeeping are ours.
 """
 
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +19,8 @@ from ax.core.data import Data
 from ax.core.experiment import Experiment
 from ax.core.metric import Metric
 from ax.core.objective import Objective
-from ax.core.optimization_config import OptimizationConfig
+from ax.core.optimization_config import MultiObjectiveOptimizationConfig, OptimizationConfig
+from ax.core.outcome_constraint import OutcomeConstraint
 from ax.core.parameter import ParameterType, RangeParameter
 from ax.core.parameter_constraint import ParameterConstraint
 from ax.core.search_space import SearchSpace
@@ -39,132 +29,133 @@ from ax.generators.torch.botorch_modular.generator import BoTorchGenerator
 from ax.generators.torch.botorch_modular.surrogate import SurrogateSpec
 from ax.generators.torch.botorch_modular.utils import ModelConfig
 from botorch.acquisition.logei import qLogNoisyExpectedImprovement
-from botorch.exceptions.warnings import InputDataWarning
-from botorch.models import SingleTaskGP
-from gpytorch.constraints import Interval
-from gpytorch.kernels import RBFKernel
-from gpytorch.likelihoods import GaussianLikelihood
+from botorch.acquisition.multi_objective.logei import qLogNoisyExpectedHypervolumeImprovement
 from gpytorch.mlls import ExactMarginalLogLikelihood
-from linear_operator.utils.warnings import NumericalWarning
 
 from duet_ray.config import SearchConfig
-from duet_ray.records import Ratio
-from duet_ray.search.acquisition import LowerConfidenceBound, SimplexAcquisition, SimplexOptions
-from duet_ray.search.simplex import SimplexSpace
+from duet_ray.records import Point
+from duet_ray.search.acquisition import SimplexAcquisition, SimplexOptions
+from duet_ray.search.acquisitions import ExpectedImprovement, KnowledgeGradient, LowerConfidenceBound, ThompsonDraw
+from duet_ray.search.features import PointSpace
+from duet_ray.search.model import LossScale, MixtureGP, Recipe, one_thread, quiet
+from duet_ray.search.objectives import Targets
+from duet_ray.search.told import Told
 
 _LOSS = "loss"
-LENGTH_SCALES = (0.05, 5.0)
-"""Two ratios are at most √2 apart: with shorter scales no two are alike, with longer ones all are."""
-NOISES = (1e-4, 4.0)
-"""Inferred noise variance, on standardised losses. The floor keeps the Cholesky factor sound where points repeat."""
 
 
 @dataclass(frozen=True)
-class LossScale:
-    """Standardises losses to mean 0 and standard deviation 1, and back: the model sees no units."""
+class Predicted:
+    """A point with what the model thinks of its noiseless loss, in the units told."""
 
+    point: Point
     mean: float
-    spread: float
-
-    @classmethod
-    def of(cls, losses: Sequence[float]) -> "LossScale":
-        """Losses that are all equal (up to rounding), or a single one, keep their unit: spread is 1."""
-        largest = max(map(abs, losses)) or 1.0
-        unit = np.asarray(losses, dtype=np.float64) / largest  # the squares of huge losses would overflow
-        spread = float(unit.std(ddof=1)) if len(unit) > 1 else 0.0
-        return cls(mean=float(unit.mean()) * largest, spread=spread * largest if spread > 1e-12 else 1.0)
-
-    def standardise(self, losses: Sequence[float]) -> np.ndarray:
-        return (np.asarray(losses, dtype=np.float64) - self.mean) / self.spread
+    sd: float
 
 
-def next_ratio(
+def next_point(
     *,
-    space: SimplexSpace,
+    space: PointSpace,
     settings: SearchConfig,
     seed: int,
-    ratios: Sequence[Ratio],
-    losses: Sequence[float],
-    sems: Sequence[float | None],
-    pending: Sequence[Ratio],
-) -> tuple[Ratio, float, float]:
-    """Fit the surrogate and optimise the acquisition.
+    told: Sequence[Told],
+    pending: Sequence[Point],
+    kernel: str,
+    targets: Targets,
+    missing: Sequence[tuple[str, Any]] = (),
+    may_repeat: bool = False,
+) -> Predicted:
+    """Fit the model and optimise the acquisition, for a whole trial.
 
     Args:
-        space: must hold more than one ratio.
+        space: must hold more than one point.
         seed: of this proposal alone.
-        ratios: observed ratios, with their `losses` (lower is better) and standard errors; at least one.
-        pending: ratios in training.
-
-    Returns:
-        the ratio, and the posterior mean and standard deviation of its noiseless loss, in the units of `losses`.
+        told: at least one.
+        pending: points in training.
+        kernel: a name of `kernels`.
+        missing: settings of told points that have none.
+        may_repeat: whether a point that was told may be chosen again, also where the noise is not known.
     """
-    least, most = space.tightest()
-    free = tuple(int(d) for d in np.flatnonzero(least < most))
-    scale = LossScale.of(losses)
-    known = [sem for sem in sems if sem is not None]
-    noise = np.array(known) / scale.spread if len(known) == len(sems) else None
-    avoid = frozenset() if noise is not None else frozenset(ratio.counts for ratio in [*ratios, *pending])
-    with _quiet(), _one_thread(), torch.random.fork_rng(devices=[]):
+    # Noise by the law is known on average only, and a search that believes it looks at its best again and again.
+    known = may_repeat or (settings.noise != "theory" and all(one.sem is not None for one in told))
+    # What was only looked at cheaply may still be trained whole; `best_fidelity` takes no look twice.
+    cheap = space.fidelities[:-1]
+    avoid = [] if known else [*(one.point for one in told if one.fidelity not in cheap), *pending]
+    filled = [replace(point, settings=point.settings or tuple(missing)) for point in avoid]
+    options = SimplexOptions(space=space, seed=seed, avoid=frozenset(replace(p, fidelity=1.0) for p in filled))
+    with quiet(), one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        experiment = build_experiment(space, free, ratios, scale.standardise(losses), noise, pending)
+        table = outcomes(told, targets)
+        experiment = build_experiment(space, told, table, targets, pending, missing)
         adapter = fit(
             experiment,
-            start=likelihood_peak(_shares(ratios, free), scale.standardise(losses), noise),
-            infer_noise=noise is None,
             settings=settings,
-            options=SimplexOptions(space=space, free=free, seed=seed, avoid=avoid),
+            options=options,
+            recipe=Recipe.of(space, kernel),
+            targets=targets,
+            whole=_whole(space, told, missing),
         )
         run = adapter.gen(n=1, pending_observations=extract_pending_observations(experiment))
-        ratio = _ratio_of(run.arms[0], space, free)
-        mean, sigma = posterior(adapter, ratio, free)
-    return ratio, scale.mean + scale.spread * mean, scale.spread * sigma
+        point = _point_of(run.arms[0], space)
+        mean, sd = posterior(adapter, space.encode([point]))
+    scale = LossScale.of([one.loss for one in told])
+    return Predicted(point, scale.mean + scale.spread * mean, scale.spread * sd)
 
 
-def parameter_name(domain: int) -> str:
-    """The name of a domain in Ax. The only place that maps them: real names need not be symbols that sympy parses."""
-    return f"d{domain}"
+def outcomes(told: Sequence[Told], targets: Targets) -> pd.DataFrame:
+    """What every point came to, a row for every point and metric: standardised means and standard errors."""
+    parts = []
+    known = all(one.sem is not None for one in told)
+    for name, metric in _names(told, targets).items():
+        rows = [i for i, one in enumerate(told) if metric is None or metric in one.others]
+        losses = [told[i].loss if metric is None else told[i].others[metric] for i in rows]
+        scale = LossScale.of(losses)
+        sems = [told[i].sem for i in rows]
+        noise = [float(s) / scale.spread for s in sems if s is not None] if known and metric is None else np.nan
+        parts.append(
+            pd.DataFrame({"index": rows, "metric_name": name, "mean": scale.standardise(losses), "sem": noise})
+        )
+    return pd.concat(parts, ignore_index=True)
 
 
 def build_experiment(
-    space: SimplexSpace,
-    free: Sequence[int],
-    ratios: Sequence[Ratio],
-    losses: np.ndarray,
-    noise: np.ndarray | None,
-    pending: Sequence[Ratio],
+    space: PointSpace,
+    told: Sequence[Told],
+    table: pd.DataFrame,
+    targets: Targets,
+    pending: Sequence[Point],
+    missing: Sequence[tuple[str, Any]] = (),
 ) -> Experiment:
-    """An Ax experiment over the free domains with every observation completed and every pending ratio running.
+    """An Ax experiment over the features with every observation completed and every pending point running.
 
     Args:
-        losses: `(n_told,)` standardised.
-        noise: `(n_told,)` standard errors on the same scale, or None to have the noise inferred.
+        table: from `outcomes`.
     """
     experiment = Experiment(
         name="duet",
-        search_space=_search_space(space, free),
-        metrics=[Metric(name=_LOSS, lower_is_better=True)],
-        optimization_config=OptimizationConfig(
-            objective=Objective(expression=f"-{_LOSS}", metric_name_to_signature={_LOSS: _LOSS})
-        ),
+        search_space=_search_space(space),
+        metrics=[Metric(name=name, lower_is_better=True) for name in _names(told, targets)],
+        optimization_config=_optimization(told, targets),
     )
-    trials = [experiment.new_trial() for _ in [*ratios, *pending]]
-    for trial, ratio in zip(trials, [*ratios, *pending], strict=True):
-        shares = ratio.values
-        trial.add_arm(Arm(parameters={parameter_name(d): float(shares[d]) for d in free}))
+    points = [*(one.point for one in told), *pending]
+    trials = [experiment.new_trial() for _ in points]
+    features = space.encode(points, tuple(missing))
+    for trial, row in zip(trials, features, strict=True):
+        trial.add_arm(Arm(parameters={f"x{i}": float(value) for i, value in enumerate(row)}))
         trial.mark_running(no_runner_required=True)
-    observed = trials[: len(ratios)]
-    table = pd.DataFrame(
+    observed = trials[: len(told)]
+    index = table["index"].to_numpy()
+    filled = pd.DataFrame(
         {
-            "trial_index": [trial.index for trial in observed],
-            "arm_name": [trial.arms[0].name for trial in observed],
-            "metric_name": _LOSS,
-            "metric_signature": _LOSS,
-            "mean": losses,
-            "sem": np.full(len(ratios), np.nan) if noise is None else noise,
+            "trial_index": [observed[i].index for i in index],
+            "arm_name": [observed[i].arms[0].name for i in index],
+            "metric_name": table["metric_name"],
+            "metric_signature": table["metric_name"],
+            "mean": table["mean"],
+            "sem": table["sem"],
         }
     )
-    experiment.attach_data(Data(df=table))
+    experiment.attach_data(Data(df=filled))
     for trial in observed:
         trial.mark_completed()
     return experiment
@@ -173,37 +164,27 @@ def build_experiment(
 def fit(
     experiment: Experiment,
     *,
-    start: tuple[float, float],
-    infer_noise: bool,
     settings: SearchConfig,
     options: SimplexOptions,
+    recipe: Recipe,
+    targets: Targets,
+    whole: torch.Tensor,
 ) -> TorchAdapter:
-    """Fit the Gaussian process to an experiment, and prepare the acquisition.
-
-    Args:
-        start: length-scale and noise variance that the gradient search for the likelihood's maximum starts from.
-    """
+    """Fit the Gaussian process to an experiment, and prepare the acquisition."""
     config = ModelConfig(
-        botorch_model_class=SingleTaskGP,
-        covar_module_class=RBFKernel,
-        covar_module_options={
-            # transform=None: L-BFGS-B gets the interval as its bounds, instead of a sigmoid with flat ends.
-            "lengthscale_constraint": Interval(*LENGTH_SCALES, transform=None, initial_value=start[0]),
-        },
-        likelihood_class=GaussianLikelihood if infer_noise else None,
-        likelihood_options=(
-            {"noise_constraint": Interval(*NOISES, transform=None, initial_value=start[1])} if infer_noise else {}
-        ),
+        botorch_model_class=MixtureGP,
+        model_options={"recipe": recipe},
         mll_class=ExactMarginalLogLikelihood,
         input_transform_classes=None,
         outcome_transform_classes=None,
     )
-    acquisition_class, acquisition_options = _acquisition(settings)
+    n_traded = len(_front(dict.fromkeys(experiment.metrics)))
+    acquisition_class, acquisition_options = _acquisition(settings, targets, whole, n_traded)
     adapter = Generators.BOTORCH_MODULAR(
         experiment=experiment,
         data=experiment.lookup_data(),
         transforms=[],
-        surrogate_spec=SurrogateSpec(model_configs=[config]),
+        surrogate_spec=SurrogateSpec(model_configs=[config], allow_batched_models=False),
         acquisition_class=SimplexAcquisition,
         acquisition_options={"simplex": options},
         botorch_acqf_class=acquisition_class,
@@ -214,103 +195,117 @@ def fit(
     return adapter
 
 
-def posterior(adapter: TorchAdapter, ratio: Ratio, free: Sequence[int]) -> tuple[float, float]:
-    """Mean and standard deviation of the noiseless standardised loss at `ratio`."""
+def posterior(adapter: TorchAdapter, features: np.ndarray) -> tuple[float, float]:
+    """Mean and standard deviation of the noiseless standardised loss at `(1, n_features)`."""
     generator = adapter.generator
     assert isinstance(generator, BoTorchGenerator)
     with torch.no_grad():
-        mean, covariance = generator.surrogate.predict(torch.from_numpy(_shares([ratio], free)))
-    return float(mean), float(covariance.clamp_min(0).sqrt())
+        mean, covariance = generator.surrogate.predict(torch.from_numpy(features))
+    at = list(generator.surrogate.outcomes).index(_LOSS)
+    return float(mean[0, at]), float(covariance[0, at, at].clamp_min(0).sqrt())
 
 
-def likelihood_peak(points: np.ndarray, losses: np.ndarray, noise: np.ndarray | None) -> tuple[float, float]:
-    """The largest marginal likelihood on a grid of length-scales and noise variances.
+def _names(told: Sequence[Told], targets: Targets) -> dict[str, str | None]:
+    """Every outcome that is modelled: its name in Ax, which real names need not be, and its metric; None: the loss.
 
-    The likelihood of a Gaussian process often has two peaks (all signal, all noise); a gradient search ends on the
-    one it starts near. One eigendecomposition per length-scale serves every noise variance.
-
-    Args:
-        points: `(n_told, n_free)` shares.
-        losses: `(n_told,)` standardised.
-        noise: `(n_told,)` known standard errors, or None.
-
-    Returns:
-        length-scale and noise variance (the latter meaningless where the noise is known).
+    Ax lets no constraint rest on an objective, so a metric of a front that is limited too is there twice. Metrics that
+    no trial has are left out.
     """
-    squared = np.square(points[:, None] - points[None]).sum(axis=-1)
-    candidates = [0.0] if noise is not None else np.geomspace(NOISES[0] * 1.1, 1.0, 9)
-    peak, found = -np.inf, (0.5, 0.1)
-    for length_scale in np.geomspace(LENGTH_SCALES[0] * 1.1, LENGTH_SCALES[1] / 1.1, 15):
-        kernel = np.exp(-squared / (2 * length_scale**2))
-        if noise is not None:
-            kernel += np.diag(np.maximum(noise**2, NOISES[0]))
-        spectrum, basis = np.linalg.eigh(kernel)
-        ones, values = basis.T @ np.ones(len(losses)), basis.T @ losses
-        for variance in candidates:
-            total = np.maximum(spectrum, 0) + max(variance, 1e-10)
-            mean = (ones * values / total).sum() / (ones * ones / total).sum()
-            likelihood = -0.5 * (np.log(total).sum() + ((values - mean * ones) ** 2 / total).sum())
-            if likelihood > peak:
-                peak, found = likelihood, (float(length_scale), float(variance))
+    having = {metric for one in told for metric in one.others}
+    front = {f"m{i}": metric for i, metric in enumerate(targets.front) if metric in having}
+    limits = {f"c{i}": metric for i, metric in enumerate(_bounds(targets)) if metric in having}
+    return {_LOSS: None, **front, **limits}
+
+
+def _bounds(targets: Targets) -> dict[str, float]:
+    """Metric → the tightest bound on it."""
+    found: dict[str, float] = {}
+    for limit in targets.limits:
+        found[limit.metric] = min(limit.bound, found.get(limit.metric, limit.bound))
     return found
 
 
-def _search_space(space: SimplexSpace, free: Sequence[int]) -> SearchSpace:
-    """Ax's search space: one share per free domain, the sum as a native equality (its tolerance is 1e-8)."""
-    least, most = space.tightest()
-    rest = space.n_rows - sum(int(least[d]) for d in range(space.n_domains) if d not in free)
-    names = [parameter_name(d) for d in free]
+def _optimization(told: Sequence[Told], targets: Targets) -> OptimizationConfig:
+    names = _names(told, targets)
+    constraints = []
+    for i, (metric, limit) in enumerate(_bounds(targets).items()):
+        if (name := f"c{i}") in names:
+            scale = LossScale.of([one.others[metric] for one in told if metric in one.others])
+            bound = float(scale.standardise([limit])[0])
+            constraints.append(
+                OutcomeConstraint(
+                    expression=f"{name} <= {bound:.12f}", metric_name_to_signature={name: name}, relative=False
+                )
+            )
+    front = _front(names)
+    if len(front) > 1:
+        objective = Objective(
+            expression=", ".join(f"-{name}" for name in front), metric_name_to_signature={n: n for n in front}
+        )
+        return MultiObjectiveOptimizationConfig(objective=objective, outcome_constraints=constraints)
+    only = front[0] if front else _LOSS
+    objective = Objective(expression=f"-{only}", metric_name_to_signature={only: only})
+    return OptimizationConfig(objective=objective, outcome_constraints=constraints)
+
+
+def _front(names: Mapping[str, str | None]) -> list[str]:
+    """The outcomes, of `_names`, that are traded off."""
+    return [name for name in names if name.startswith("m")]
+
+
+def _search_space(space: PointSpace) -> SearchSpace:
+    """Ax's search space: a range for every feature, the sum of the shares as a native equality (tolerance 1e-8)."""
+    simplex = space.simplex
+    least, most = simplex.tightest()
+    bounds = [(float(least[d] / simplex.n_rows), float(most[d] / simplex.n_rows)) for d in space.free]
+    # A run from elsewhere may have been cheaper than any of this study's trials.
+    bounds += [(0.0, 1.0)] * space.n_settings + [(0.0, 10.0)] * space.has_fidelities
+    names = [f"x{i}" for i in range(len(bounds))]
+    shares = names[: len(space.free)]
+    constraints = []
+    if shares:
+        rest = simplex.n_rows - sum(int(least[d]) for d in range(simplex.n_domains) if d not in space.free)
+        constraints.append(ParameterConstraint(equality=f"{' + '.join(shares)} == {rest / simplex.n_rows!r}"))
     return SearchSpace(
         parameters=[
-            RangeParameter(
-                name=name,
-                parameter_type=ParameterType.FLOAT,
-                lower=float(least[d] / space.n_rows),
-                upper=float(most[d] / space.n_rows),
-            )
-            for d, name in zip(free, names, strict=True)
+            RangeParameter(name=name, parameter_type=ParameterType.FLOAT, lower=low, upper=high)
+            for name, (low, high) in zip(names, bounds, strict=True)
         ],
-        parameter_constraints=[ParameterConstraint(equality=f"{' + '.join(names)} == {rest / space.n_rows!r}")],
+        parameter_constraints=constraints,
     )
 
 
-def _acquisition(settings: SearchConfig) -> tuple[type, dict[str, Any]]:
+def _acquisition(
+    settings: SearchConfig, targets: Targets, whole: torch.Tensor, n_traded: int
+) -> tuple[type, dict[str, Any]]:
+    if n_traded > 1:
+        return qLogNoisyExpectedHypervolumeImprovement, {}
+    if targets.limits or targets.front or settings.acquisition == "qlognei":
+        return qLogNoisyExpectedImprovement, {}
     if settings.acquisition == "lcb":
-        return LowerConfidenceBound, {"factor": settings.beta}
-    return qLogNoisyExpectedImprovement, {}
+        return LowerConfidenceBound, {
+            "factor": settings.beta,
+            "rkhs_norm": settings.rkhs_norm,
+            "delta": settings.delta,
+            "n_trials": settings.n_start + settings.n_trials,
+        }
+    if settings.acquisition == "thompson":
+        return ThompsonDraw, {}
+    return {"ei": ExpectedImprovement, "kg": KnowledgeGradient}[settings.acquisition], {"whole": whole}
 
 
-def _ratio_of(arm: Arm, space: SimplexSpace, free: Sequence[int]) -> Ratio:
-    shares = np.array(space.tightest()[0]) / space.n_rows
-    shares[list(free)] = [float(arm.parameters[parameter_name(d)]) for d in free]  # type: ignore[arg-type]
-    return space.project(shares)
+def _whole(space: PointSpace, told: Sequence[Told], missing: Sequence[tuple[str, Any]]) -> torch.Tensor:
+    """The distinct points told, as whole trials: `(n_distinct, n_features)`."""
+    points = [replace(one.point, fidelity=1.0) for one in told]
+    return torch.from_numpy(np.unique(space.encode(points, tuple(missing)), axis=0))
 
 
-def _shares(ratios: Sequence[Ratio], free: Sequence[int]) -> np.ndarray:
-    return np.stack([ratio.values[list(free)] for ratio in ratios])
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Small matrices: more threads only wait for each other, and change the last bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Ax's bookkeeping off the user's terminal, and BoTorch's advice to normalise what must not be normalised."""
-    logger = logging.getLogger("ax")
-    before = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", InputDataWarning)
-            warnings.simplefilter("ignore", NumericalWarning)  # jitter on the covariance of nearby points
-            yield
-    finally:
-        logger.setLevel(before)
+def _point_of(arm: Arm, space: PointSpace) -> Point:
+    features = np.array([float(arm.parameters[f"x{i}"]) for i in range(space.n_features)])  # type: ignore[arg-type]
+    simplex, n_free = space.simplex, len(space.free)
+    settings = space.decode_settings(features[n_free : n_free + space.n_settings])
+    if space.fixed_ratio is not None:
+        return Point(ratio=space.fixed_ratio, settings=settings)
+    shares = np.array(simplex.tightest()[0]) / simplex.n_rows
+    shares[list(space.free)] = features[:n_free]
+    return Point(ratio=simplex.project(shares), settings=settings)

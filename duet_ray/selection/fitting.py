@@ -45,7 +45,10 @@ def scoring_model(context: SelectionContext) -> Iterator[ScoringModel]:
         SelectionError: the model did not train.
     """
     model, tokenizer = context.load_base()
-    own = {name: value for name in ("epochs", "target_modules") if (value := getattr(context.settings, name))}
+    settings = context.settings
+    own: dict[str, Any] = {name: value for name in ("epochs", "target_modules") if (value := getattr(settings, name))}
+    if settings.surrogate is not None:
+        own["layers"] = None  # The numbers are of the study's model.
     # Scores are those of an adapter, also where the samples train every weight.
     trainer = make_trainer(context.training.model_copy(update={**own, "method": "lora"}), model, tokenizer)
     try:

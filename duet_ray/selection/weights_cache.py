@@ -76,6 +76,8 @@ def weights_key(domain: Any, config: StudyConfig, identity: str | None = None) -
             default = None if settings.method in ("less", "tracin") else config.training.epochs
             own = {"epochs": settings.epochs or default, "method": "lora"}
             inputs["training"] = config.training.model_dump(mode="json", exclude=_NOT_IN_FIT) | own
+            if config.training.layers is None:
+                del inputs["training"]["layers"]  # as before there was such a setting
         if method.gives == "order":
             inputs["n_drawn"] = n_drawn(config, domain.index, len(domain.train))
         if settings.embedding_model and "embedding_model" in read:

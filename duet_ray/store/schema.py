@@ -2,7 +2,7 @@
 
 from sqlalchemy import JSON, Column, Float, ForeignKey, Integer, MetaData, String, Table, Text, UniqueConstraint
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Raised with every change of a table. A store with a newer version than the code's is refused."""
 
 metadata = MetaData()
@@ -32,7 +32,32 @@ trial = Table(
     Column("status", String(16), nullable=False),  # pending, done, failed
     Column("method", String(64), nullable=False),
     Column("reason", Text, nullable=True),
+    Column("settings", JSON, nullable=False, default=list),  # pairs: training settings that are not the study's
+    Column("fidelity", Float, nullable=False, default=1.0),  # share of the mixture's rows that it trains on
+    Column("k", Integer, nullable=True),  # samples; null where all trials have `sampling.k`
 )
+
+posterior = Table(
+    "posterior",
+    metadata,
+    Column("trial", Integer, ForeignKey("trial.number"), primary_key=True),
+    Column("mean", Float, nullable=False),  # in the user's own direction and units
+    Column("sd", Float, nullable=True),  # null where the observation itself ranks
+    Column("place", Integer, nullable=True),  # 0 is the best; null for a cheap look and for a repeat of a better one
+)
+"""What the search's model says of every trial's point once all is told: the ranking behind the recommendation."""
+
+past_run = Table(
+    "past_run",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("counts", JSON, nullable=False),  # rows per domain, on the study's lattice
+    Column("value", Float, nullable=False),  # in the user's own direction
+    Column("sem", Float, nullable=True),
+    Column("fidelity", Float, nullable=False),
+    Column("source", String(255), nullable=False),  # file:line
+)
+"""Experiments from before the study, told to the search."""
 
 sample = Table(
     "sample",

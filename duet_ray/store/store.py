@@ -11,18 +11,18 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
-from sqlalchemy import Connection, Engine, create_engine, event, insert, select, update
+from sqlalchemy import Connection, Engine, create_engine, delete, event, insert, select, update
 from sqlalchemy.exc import DatabaseError, IntegrityError, OperationalError
 
 from duet_ray.errors import StoreError, StudyLocked
-from duet_ray.records import Observation, Ratio, SampleResult, Trial, trial_name
+from duet_ray.records import Observation, PastRun, Ratio, SampleResult, Settings, Trial, settings_from, trial_name
 from duet_ray.store import schema
 
 LEASE_SECONDS = 60.0
@@ -71,11 +71,26 @@ class Store:
                 version = connection.scalar(select(schema.study.c.schema_version))
         except DatabaseError as error:
             raise StoreError(f"{self.path}: cannot be read as a study's store: {error.orig}") from None
+        if version is not None and version < schema.SCHEMA_VERSION:
+            self._bring_up_to_date()
         if version is not None and version > schema.SCHEMA_VERSION:
             raise StoreError(
                 f"{self.path}: written by a newer duet_ray (schema {version}, this one knows {schema.SCHEMA_VERSION}); "
                 f"upgrade duet_ray"
             )
+
+    def _bring_up_to_date(self) -> None:
+        """Give a store of version 1 the columns and tables of version 2; what stands in it stays as it is."""
+        with self._lock, _transaction(self._engine) as connection:
+            if connection.scalar(select(schema.study.c.schema_version)) == 1:
+                for column in (
+                    "settings JSON NOT NULL DEFAULT '[]'",
+                    "fidelity FLOAT NOT NULL DEFAULT 1.0",
+                    "k INTEGER",
+                ):
+                    connection.exec_driver_sql(f"ALTER TABLE trial ADD COLUMN {column}")
+                schema.metadata.create_all(connection)
+                connection.execute(update(schema.study).values(schema_version=schema.SCHEMA_VERSION))
 
     def close(self) -> None:
         self._engine.dispose()
@@ -164,19 +179,43 @@ class Store:
         with self._write() as connection:
             connection.execute(update(schema.study).values(seconds=schema.study.c.seconds + seconds))
 
-    def add_trial(self, number: int, kind: str, ratio: Ratio | None, method: str) -> None:
-        """Record a ratio before anything is trained on it. The same again has no effect; another ratio is refused."""
+    def add_trial(
+        self,
+        number: int,
+        kind: str,
+        ratio: Ratio | None,
+        method: str,
+        *,
+        settings: Settings = (),
+        fidelity: float = 1.0,
+        k: int | None = None,
+    ) -> None:
+        """Record a point before anything is trained on it. The same again has no effect; another point is refused."""
         counts = list(ratio.counts) if ratio is not None else None
+        plain: list[list[Any]] = [[path, list(v) if isinstance(v, tuple) else v] for path, v in settings]
         with self._write() as connection:
             row = connection.execute(select(schema.trial).where(schema.trial.c.number == number)).mappings().first()
             if row is None:
                 connection.execute(
                     insert(schema.trial).values(
-                        number=number, kind=kind, counts=counts, status="pending", method=method
+                        number=number,
+                        kind=kind,
+                        counts=counts,
+                        status="pending",
+                        method=method,
+                        settings=plain,
+                        fidelity=fidelity,
+                        k=k,
                     )
                 )
             elif row["counts"] != counts:
                 raise StoreError(f"trial {trial_name(number)} has ratio {row['counts']}, not {counts}")
+            elif (row["settings"], row["fidelity"]) != (plain, fidelity):
+                had, given = dict(row["settings"]), dict(plain)
+                raise StoreError(
+                    f"trial {trial_name(number)} has settings {had} at fidelity {row['fidelity']:g}, "
+                    f"not {given} at {fidelity:g}"
+                )
 
     def add_sample(self, result: SampleResult) -> bool:
         """Record a finished or failed sample.
@@ -231,6 +270,40 @@ class Store:
                 .values(kept=0)
             )
 
+    def set_posterior(
+        self, posterior: Mapping[int, tuple[float, float | None]], ranking: Sequence[int] | None = None
+    ) -> None:
+        """Replace what the search's model says of the trials, and their order.
+
+        Args:
+            posterior: trial → (mean, standard deviation), in the user's own direction; the deviation is None where the
+                mean is the observation itself.
+            ranking: the trials that may be recommended, best first.
+        """
+        places = {number: place for place, number in enumerate(ranking or ())}
+        rows = [
+            {"trial": number, "mean": mean, "sd": sd, "place": places.get(number)}
+            for number, (mean, sd) in posterior.items()
+        ]
+        with self._write() as connection:
+            connection.execute(delete(schema.posterior))
+            if rows:
+                connection.execute(insert(schema.posterior), rows)
+
+    def add_past_runs(self, runs: Sequence[PastRun]) -> int:
+        """Record experiments from before the study. One that is known already, from the same place, is not added again.
+
+        Returns:
+            How many were added.
+        """
+        with self._write() as connection:
+            known = set(_past_runs(connection))
+            new = [run for run in dict.fromkeys(runs) if run not in known]
+            if new:
+                rows = [{**asdict(run), "counts": list(run.counts)} for run in new]
+                connection.execute(insert(schema.past_run), rows)
+        return len(new)
+
     # Reading ----------------------------------------------------------------------------------------------------
 
     def study(self) -> StudyRecord | None:
@@ -265,6 +338,9 @@ class Store:
                 reason=row["reason"],
                 samples=tuple(by_trial.get(row["number"], ())),
                 observation=observations.get(row["number"]),
+                settings=settings_from(row["settings"]),
+                fidelity=row["fidelity"],
+                k=row["k"],
             )
             for row in trials
         ]
@@ -275,11 +351,46 @@ class Store:
             rows = connection.execute(select(schema.artifact).where(schema.artifact.c.kept == 1)).mappings()
             return {(row["trial"], row["sample"]): row["path"] for row in rows}
 
+    def posterior(self) -> dict[int, tuple[float, float]]:
+        """Trial → the model's (mean, standard deviation), in the user's own direction; empty where no model was made.
+
+        It is that of the moment when the search ended, or was last paused.
+        """
+        with self._read() as connection:
+            rows = connection.execute(select(schema.posterior).order_by(schema.posterior.c.trial)).mappings()
+            return {row["trial"]: (row["mean"], row["sd"]) for row in rows if row["sd"] is not None}
+
+    def ranking(self) -> tuple[list[int], set[int]]:
+        """(the trials that may be recommended, best first; all trials that were told when they were put in order)."""
+        with self._read() as connection:
+            rows = connection.execute(select(schema.posterior)).mappings().all()
+        placed = sorted((row["place"], row["trial"]) for row in rows if row["place"] is not None)
+        return [trial for _, trial in placed], {row["trial"] for row in rows}
+
+    def past_runs(self) -> list[PastRun]:
+        """Experiments from before the study, in the order they were added."""
+        with self._read() as connection:
+            return _past_runs(connection)
+
     @contextmanager
     def _read(self) -> Iterator[Connection]:
         """One snapshot: what is read together was true together."""
         with self._lock, _transaction(self._engine, "BEGIN") as connection:
             yield connection
+
+
+def _past_runs(connection: Connection) -> list[PastRun]:
+    rows = connection.execute(select(schema.past_run).order_by(schema.past_run.c.id)).mappings()
+    return [
+        PastRun(
+            counts=tuple(row["counts"]),
+            value=row["value"],
+            sem=row["sem"],
+            fidelity=row["fidelity"],
+            source=row["source"],
+        )
+        for row in rows
+    ]
 
 
 def _engine(path: Path) -> Engine:

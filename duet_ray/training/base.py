@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from duet_ray.config import TrainingConfig
 from duet_ray.records import TokenRow
 
 
@@ -63,8 +64,8 @@ class Checkpoint:
 class Halt:
     """Where a sample's training can leave off, and be taken up again with the same result.
 
-    The state in `folder` is of one sample's rows and seed; whoever gives the folder sees to that, and removes it in
-    the end.
+    The state in `folder` is of one sample's rows, seed and settings; whoever gives the folder sees to that, and removes
+    it in the end.
     """
 
     folder: Path
@@ -95,6 +96,7 @@ class Trainer(Protocol):
         rows: Sequence[TokenRow],
         *,
         seed: int,
+        training: TrainingConfig | None = None,
         on_step: Callable[[int, int], None] | None = None,
         on_epoch: Callable[[Checkpoint], None] | None = None,
         halt: Halt | None = None,
@@ -103,7 +105,8 @@ class Trainer(Protocol):
 
         Args:
             rows: the mixture, in any order; shuffled by `seed`.
-            seed: seeds the adapter's start, the order of rows and dropout. Same rows and seed, same model.
+            seed: seeds the adapter's start, the order of rows and dropout. Same rows, seed and settings, same model.
+            training: settings of this sample, of the trainer's own method; None: those the trainer was made with.
             on_step: called after each optimizer step with (steps done, steps in all).
             on_epoch: called at the end of each epoch, with the model in eval mode; may call `save`.
             halt: where to leave off and take up; None trains from the start to the end.

@@ -18,8 +18,11 @@ from typing import Any
 
 import psutil
 
+from duet_ray.budget import n_confirmations
 from duet_ray.config import StudyConfig
 from duet_ray.errors import ConfigError, Problem
+from duet_ray.training.blocks import in_blocks
+from duet_ray.training.searched import SECTION, common_batch_size, dearest
 
 GIB = 2**30
 
@@ -73,6 +76,8 @@ class MemoryEstimate:
     device: str
     """`cpu` or `cuda`: on a CPU, `host_gib` is of the same memory as all else."""
     method: str
+    searched: str = ""
+    """The values of searched settings that it is for: none needs more."""
 
     @property
     def device_gib(self) -> float:
@@ -107,6 +112,7 @@ class MemoryEstimate:
         return (
             f"about {self.total_gib:.1f} GiB per worker: {', '.join(parts)}{host} "
             f"({self.n_parameters / 1e6:,.0f} M parameters, {self.n_trained / 1e6:,.1f} M trained)"
+            + (f"; this is for the dearest of the settings searched: {self.searched}" if self.searched else "")
         )
 
 
@@ -127,13 +133,22 @@ class _Shapes:
 
 
 def estimate_memory(config: StudyConfig) -> MemoryEstimate:
-    """Estimate one worker's memory for the study's model and training settings.
+    """Estimate one worker's memory for the study's model and training settings, the dearest where they are searched.
 
     Raises:
-        ConfigError: the model's configuration cannot be read, or no layer matches `training.target_modules`.
+        ConfigError: the model's configuration cannot be read, or no layer matches `training.target_modules` or
+            `training.layers`.
     """
     model = config.model
-    return _estimate(config, _shapes(config.model_path, model.revision, model.trust_remote_code))
+    return _estimate(_dearest(config), _shapes(config.model_path, model.revision, model.trust_remote_code))
+
+
+def _dearest(config: StudyConfig) -> StudyConfig:
+    """The study with the searched settings that need the most memory."""
+    if not config.search.also:
+        return config
+    shapes = _shapes(config.model_path, config.model.revision, config.model.trust_remote_code)
+    return max(dearest(config), key=lambda one: _estimate(one, shapes).total_gib)
 
 
 def memory_problem(config: StudyConfig, estimate: MemoryEstimate) -> str | None:
@@ -150,7 +165,7 @@ def memory_problem(config: StudyConfig, estimate: MemoryEstimate) -> str | None:
     lacking = _lacking(config, estimate, gpu_gib)
     if lacking is None:
         return None
-    model = config.model
+    config, model = _dearest(config), config.model
     shapes = _shapes(config.model_path, model.revision, model.trust_remote_code)
     done, texts = config, list[str]()
     remedies = _remedies(config, estimate)
@@ -206,6 +221,7 @@ def estimate_time(config: StudyConfig, n_tokens: float) -> TimeEstimate | None:
     """
     import torch
 
+    config = _dearest(config)
     training, fleet = config.training, config.fleet
     is_gpu = fleet.gpus_per_worker > 0
     shapes = _shapes(config.model_path, config.model.revision, config.model.trust_remote_code)
@@ -215,7 +231,7 @@ def estimate_time(config: StudyConfig, n_tokens: float) -> TimeEstimate | None:
         return None
     width = max(2, round(min(n_tokens, training.max_tokens)))
     fuse = training.fuse if training.fuse != "auto" else 1
-    micro = fuse * (training.micro_batch_size or resolved_micro_batch(training.batch_size))
+    micro = fuse * (training.micro_batch_size or resolved_micro_batch(common_batch_size(config)))
     n_rows, device = min(micro, max(1, 4096 // width)), "cuda" if is_gpu else "cpu"
     if shapes.n_layers > 2:
         one, two = (_pass_seconds(config, n, n_rows, width, device) for n in (1, 2))
@@ -224,15 +240,13 @@ def estimate_time(config: StudyConfig, n_tokens: float) -> TimeEstimate | None:
         seconds = _pass_seconds(config, shapes.n_layers, n_rows, width, device)
     n_per_sample = config.mixture.n_rows * training.epochs * width
     per_second = fleet.workers_per_group * n_rows * width / seconds
-    trials, confirm = config.n_planned_trials, config.confirm
-    n_confirmed = confirm.repeats * (confirm.finalists + 1) if confirm.finalists else 0
     flops = (4 if training.method == "lora" else 6) + (2 if training.gradient_checkpointing else 0)
     return TimeEstimate(
-        n_samples=config.sampling.k * trials + n_confirmed,
+        n_samples=config.sampling.k_most * config.n_planned_trials + n_confirmations(config),
         seconds_per_sample=n_per_sample / per_second,
         tokens_per_second=per_second,
         flops_per_second=flops * n_matrix * per_second,
-        n_at_once=min(fleet.groups, math.ceil(config.sampling.k * config.search.concurrent_trials / fuse)),
+        n_at_once=min(fleet.groups, math.ceil(config.sampling.k_most * config.search.concurrent_trials / fuse)),
     )
 
 
@@ -253,7 +267,7 @@ def resolved_fuse(config: StudyConfig) -> tuple[int, list[str]]:
         ConfigError: as `estimate_memory` does.
     """
     sampling, fleet = config.sampling, config.fleet
-    most = min(sampling.k, math.ceil(sampling.k * config.search.concurrent_trials / fleet.groups))
+    most = min(sampling.k_most, math.ceil(sampling.k_most * config.search.concurrent_trials / fleet.groups))
     if config.training.method != "lora" or fleet.workers_per_group > 1 or fleet.gpus_per_worker == 0 or most == 1:
         return 1, []
     gpu_gib = _gpu_gib()
@@ -271,7 +285,7 @@ def _estimate(config: StudyConfig, shapes: _Shapes) -> MemoryEstimate:
     training, fleet = config.training, config.fleet
     device = "cuda" if fleet.gpus_per_worker > 0 else "cpu"
     width = 2 if config.model.dtype == "bfloat16" else 4
-    micro = training.micro_batch_size or resolved_micro_batch(training.batch_size)
+    micro = training.micro_batch_size or resolved_micro_batch(common_batch_size(config))
     micro = min(micro, math.ceil(training.batch_size / fleet.workers_per_group))
     fuse = training.fuse if training.fuse != "auto" and training.method == "lora" else 1
     n_tokens = fuse * micro * training.max_tokens
@@ -308,7 +322,15 @@ def _estimate(config: StudyConfig, shapes: _Shapes) -> MemoryEstimate:
         fuse=fuse,
         device=device,
         method=training.method,
+        searched=_said(config),
     )
+
+
+def _said(config: StudyConfig) -> str:
+    """The searched settings that have a part in the memory, with the values that they have here."""
+    keys = ("rank", "dropout", "target_modules", "layers", "batch_size")
+    paths = [(SECTION + key, getattr(config.training, key)) for key in keys]
+    return ", ".join(f"{path} {'all' if v is None else v}" for path, v in paths if path in config.search.also)
 
 
 def _lora_bytes(config: StudyConfig, shapes: _Shapes, adapted: list[tuple[str, int, int]], width: int) -> float:
@@ -367,15 +389,16 @@ def _zero_bytes(config: StudyConfig, n_parameters: int, width: int) -> _Zero:
 
 def _adapted(config: StudyConfig, shapes: _Shapes) -> list[tuple[str, int, int]]:
     targets = config.training.target_modules
-    if targets == "all-linear":
-        return list(shapes.linears)
-    wanted = tuple(targets)
-    adapted = [one for one in shapes.linears if one[0] in wanted or one[0].endswith(tuple(f".{w}" for w in wanted))]
+    adapted = list(shapes.linears)
+    if targets != "all-linear":
+        endings = tuple(f".{name}" for name in targets)
+        adapted = [one for one in adapted if one[0] in targets or one[0].endswith(endings)]
     if not adapted:
         kinds = sorted({name.rsplit(".", 1)[-1] for name, _, _ in shapes.linears})
-        message = f"no linear layer is called {', '.join(wanted)}; there are: {', '.join(kinds)}"
+        message = f"no linear layer is called {', '.join(targets)}; there are: {', '.join(kinds)}"
         raise ConfigError([Problem(path="training.target_modules", message=message)])
-    return adapted
+    inside = set(in_blocks((name for name, _, _ in adapted), config.training.layers))
+    return [one for one in adapted if one[0] in inside]
 
 
 def _gpu_gib() -> float | None:
@@ -455,7 +478,8 @@ def _pass_seconds(config: StudyConfig, n_layers: int, n_rows: int, n_tokens: int
     from duet_ray.likelihood import Batch, autocast, token_nll
     from duet_ray.training.lora import attach_adapter, private_generators, training_mode
 
-    training, model_config = config.training, config.model
+    # Some of the blocks alone may be adapted, and here are the first ones only: all of these are.
+    training, model_config = config.training.model_copy(update={"layers": None}), config.model
     about = _about(config.model_path, model_config.revision, model_config.trust_remote_code)
     text = about.get_text_config()
     text.num_hidden_layers = n_layers

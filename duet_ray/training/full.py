@@ -98,6 +98,7 @@ class FullTrainer:
         rows: Sequence[TokenRow],
         *,
         seed: int,
+        training: TrainingConfig | None = None,
         on_step: Callable[[int, int], None] | None = None,
         on_epoch: Callable[[Checkpoint], None] | None = None,
         halt: Halt | None = None,
@@ -108,7 +109,7 @@ class FullTrainer:
         self._make_room()
         try:
             with private_generators(seed, self._device), _group(self._deepspeed, self._device):
-                weights, report = self._train(rows, seed, on_step, halt)
+                weights, report = self._train(rows, seed, training or self._training, on_step, halt)
             if rank() == 0:
                 self._tuned = self._copy(weights)
         except BaseException:
@@ -182,6 +183,7 @@ class FullTrainer:
         self,
         rows: Sequence[TokenRow],
         seed: int,
+        training: TrainingConfig,
         on_step: Callable[[int, int], None] | None,
         halt: Halt | None,
     ) -> tuple[dict[str, torch.Tensor], TrainReport]:
@@ -193,8 +195,8 @@ class FullTrainer:
         if not rows:
             raise SampleFailed("a sample needs at least one row to train on, got none")
         longest = max(map(len, rows))
-        first = micro_batch_size(self._training, longest, self._device.type)
-        first = min(first, math.ceil(self._training.batch_size / n_ranks()))
+        first = micro_batch_size(training, longest, self._device.type)
+        first = min(first, math.ceil(training.batch_size / n_ranks()))
         n_exhausted = _n_exhausted(halt, self._device)
         while True:
             size = max(1, first >> n_exhausted)
@@ -207,7 +209,9 @@ class FullTrainer:
                     "training.zero.stage or training.zero.offload_optimizer: true"
                 )
             try:
-                return self._attempt(rows, seed, size, on_step, halt, partial(_note_exhausted, halt, n_exhausted))
+                return self._attempt(
+                    rows, seed, size, training, on_step, halt, partial(_note_exhausted, halt, n_exhausted)
+                )
             except _Exhausted:
                 n_exhausted += 1
             free_memory()
@@ -217,21 +221,22 @@ class FullTrainer:
         rows: Sequence[TokenRow],
         seed: int,
         size: int,
+        training: TrainingConfig,
         on_step: Callable[[int, int], None] | None,
         halt: Halt | None,
         note: Note,
     ) -> tuple[dict[str, torch.Tensor], TrainReport]:
         started = written = time.perf_counter()
-        batches = effective_batches(len(rows), self._training, seed)
+        batches = effective_batches(len(rows), training, seed)
         n_stop = n_steps_until(halt.after, len(batches)) if halt else len(batches)
-        passes = _Passes(self._engine(note), self._training.zero.stage, self._pad_id, size, self._device, note)
+        passes = _Passes(self._engine(training, note), training.zero.stage, self._pad_id, size, self._device, note)
         engine = passes.engine
         try:
-            progress = _take_up(halt.folder, engine, self._training) if halt else None
+            progress = _take_up(halt.folder, engine, training) if halt else None
             for step in range(progress.n_done if progress else 0, n_stop):
                 end_if_stopped(self._device)
                 torch.manual_seed(step_seed(seed, step, rank()))
-                rate = learning_rate(step, len(batches), self._training)
+                rate = learning_rate(step, len(batches), training)
                 loss = passes.backward([rows[i] for i in batches[step]])
                 check_finite(loss, 0.0, step, len(batches), rate)
                 for group in engine.optimizer.param_groups:
@@ -243,48 +248,48 @@ class FullTrainer:
                 if on_step is not None:
                     on_step(step + 1, len(batches))
                 if halt and on_any_rank(is_due(halt, written, step + 1, n_stop, len(batches)), self._device):
-                    _write(halt.folder, engine, progress, self._training)
+                    _write(halt.folder, engine, progress, training)
                     written = time.perf_counter()
             assert progress is not None
             n_skipped = int(engine.skipped_steps)
-            weights = self._weights(engine)
+            weights = self._weights(engine, training)
             if progress.n_done == len(batches):
-                self._check_trained(weights, n_skipped, len(batches))
+                self._check_trained(weights, n_skipped, len(batches), training.learning_rate)
         finally:
             engine.destroy()
         seconds = time.perf_counter() - started
-        return weights, progress.report(rows, self._training.epochs, seconds, n_skipped)
+        return weights, progress.report(rows, training.epochs, seconds, n_skipped)
 
-    def _engine(self, note: Note) -> Any:
+    def _engine(self, training: TrainingConfig, note: Note) -> Any:
         """A DeepSpeed engine around a fresh copy of the base, in training mode."""
         with _exhaustion(note, self._device, meets=False):
             model = self._copy(trained=True).train()
-            if self._training.gradient_checkpointing:
+            if training.gradient_checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             engine, *_ = self._deepspeed.initialize(
                 model=model,
                 model_parameters=list(model.parameters()),
-                config=_settings(self._training, next(model.parameters()).dtype),
+                config=_settings(training, next(model.parameters()).dtype),
             )
         return engine
 
-    def _weights(self, engine: Any) -> dict[str, torch.Tensor]:
+    def _weights(self, engine: Any, training: TrainingConfig) -> dict[str, torch.Tensor]:
         """The whole model's weights, put together parameter by parameter and kept by the first worker only."""
         weights = {}
         for name, p in engine.module.named_parameters():
-            with self._deepspeed.zero.GatheredParameters([p], enabled=self._training.zero.stage == 3):
+            with self._deepspeed.zero.GatheredParameters([p], enabled=training.zero.stage == 3):
                 if rank() == 0:
                     weights[name] = p.detach().to("cpu", copy=True)
         return weights
 
-    def _check_trained(self, weights: Mapping[str, torch.Tensor], n_skipped: int, n_steps: int) -> None:
+    def _check_trained(self, weights: Mapping[str, torch.Tensor], n_skipped: int, n_steps: int, rate: float) -> None:
         if n_skipped == n_steps:
             raise SampleFailed(f"all {n_steps} steps were skipped, since their gradients were not finite")
         untouched = rank() == 0 and all(torch.equal(weights[n], p) for n, p in self._base.named_parameters())
         if on_any_rank(untouched, self._device):
             raise SampleFailed(
                 "training left the model untouched: every weight is the base's after the last step "
-                f"(training.learning_rate = {self._training.learning_rate:g})"
+                f"(training.learning_rate = {rate:g})"
             )
 
 

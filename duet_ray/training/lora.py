@@ -25,6 +25,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
+from transformers.pytorch_utils import Conv1D
 
 from duet_ray.config import TrainingConfig
 from duet_ray.errors import ConfigError, Problem, SampleFailed, StoreError
@@ -39,6 +40,7 @@ from duet_ray.training.batches import (
     n_steps_until,
     step_seed,
 )
+from duet_ray.training.blocks import in_blocks
 from duet_ray.training.halted import Progress, TrainingState, one_step_on, read_state, write_state
 from duet_ray.training.memory import free_memory, is_out_of_memory
 from duet_ray.training.ranks import (
@@ -81,19 +83,21 @@ class LoraTrainer:
         rows: Sequence[TokenRow],
         *,
         seed: int,
+        training: TrainingConfig | None = None,
         on_step: Callable[[int, int], None] | None = None,
         on_epoch: Callable[[Checkpoint], None] | None = None,
         halt: Halt | None = None,
     ) -> TrainReport:
         self.reset()
+        training = training or self._training
         try:
             with private_generators(seed, self._device):
-                return self._train(rows, seed, on_step, on_epoch, halt)
+                return self._train(rows, seed, training, on_step, on_epoch, halt)
         except (RuntimeError, MemoryError) as error:
             self.reset()
             if not is_out_of_memory(error):
                 raise
-            reason = f"out of memory for the adapter (training.rank = {self._training.rank})"
+            reason = f"out of memory for the adapter (training.rank = {training.rank})"
             # Outside the passes the workers do not meet: the others wait for one that has failed alone.
             raise (SampleFailed if n_ranks() == 1 else OutOfStep)(reason) from error
         except BaseException:
@@ -130,6 +134,7 @@ class LoraTrainer:
         self,
         rows: Sequence[TokenRow],
         seed: int,
+        training: TrainingConfig,
         on_step: Callable[[int, int], None] | None,
         on_epoch: Callable[[Checkpoint], None] | None,
         halt: Halt | None,
@@ -137,13 +142,13 @@ class LoraTrainer:
         if not rows:
             raise SampleFailed("a sample needs at least one row to train on, got none")
         started = written = time.perf_counter()
-        batches = effective_batches(len(rows), self._training, seed)
+        batches = effective_batches(len(rows), training, seed)
         n_stop = n_steps_until(halt.after, len(batches)) if halt else len(batches)
-        micro = micro_batch_size(self._training, max(map(len, rows)), self._device.type)
-        self._adapted = attach_adapter(self._base, self._training)
-        passes = _Passes(self._adapted, self._pad_id, min(micro, math.ceil(self._training.batch_size / n_ranks())))
+        micro = micro_batch_size(training, max(map(len, rows)), self._device.type)
+        self._adapted = attach_adapter(self._base, training)
+        passes = _Passes(self._adapted, self._pad_id, min(micro, math.ceil(training.batch_size / n_ranks())))
         weights = {name: p for name, p in passes.model.named_parameters() if p.requires_grad}
-        optimizer = torch.optim.AdamW(weights.values(), lr=0.0, weight_decay=self._training.weight_decay)
+        optimizer = torch.optim.AdamW(weights.values(), lr=0.0, weight_decay=training.weight_decay)
         state = read_state(halt.folder) if halt else None
         if not on_all_ranks_the_same(state.progress.n_done if state else 0, self._device):
             raise OutOfStep(f"the workers of the group do not find the same state in {halt and halt.folder}")
@@ -151,13 +156,13 @@ class LoraTrainer:
         if state is not None:
             _take_up(state, weights, optimizer)
             passes.size = state.progress.micro_batch_size
-        per_epoch = len(batches) // self._training.epochs
-        with training_mode(passes.model, self._training):
+        per_epoch = len(batches) // training.epochs
+        with training_mode(passes.model, training):
             for step in range(progress.n_done if progress else 0, n_stop):
                 end_if_stopped(self._device)
-                rate = learning_rate(step, len(batches), self._training)
+                rate = learning_rate(step, len(batches), training)
                 loss = passes.backward([rows[i] for i in batches[step]], optimizer, step_seed(seed, step, rank()))
-                norm = float(torch.nn.utils.clip_grad_norm_(weights.values(), self._training.max_grad_norm))
+                norm = float(torch.nn.utils.clip_grad_norm_(weights.values(), training.max_grad_norm))
                 check_finite(loss, norm, step, len(batches), rate)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
@@ -168,7 +173,7 @@ class LoraTrainer:
                     on_step(step + 1, len(batches))
                 if on_epoch is not None and (step + 1) % per_epoch == 0:
                     passes.model.eval()
-                    on_epoch(self._checkpoint(passes.model, optimizer, step + 1, len(batches)))
+                    on_epoch(_checkpoint(passes.model, optimizer, training, step + 1, len(batches)))
                     passes.model.train()
                 if halt and is_due(halt, written, step + 1, n_stop, len(batches)):
                     if rank() == 0:
@@ -176,35 +181,39 @@ class LoraTrainer:
                     written = time.perf_counter()
         assert progress is not None
         if progress.n_done == len(batches):
-            check_trained([p for name, p in weights.items() if "lora_B" in name], self._training)
-        return progress.report(rows, self._training.epochs, time.perf_counter() - started)
+            check_trained([p for name, p in weights.items() if "lora_B" in name], training)
+        return progress.report(rows, training.epochs, time.perf_counter() - started)
 
-    def _checkpoint(self, model: PeftModel, optimizer: torch.optim.Optimizer, n_done: int, n_steps: int) -> Checkpoint:
-        per_epoch = n_steps // self._training.epochs
-        rates = [learning_rate(step, n_steps, self._training) for step in range(n_done - per_epoch, n_done)]
-        moments = {}
-        for name, p in model.named_parameters():
-            if p.requires_grad:
-                # Adam has no state of a parameter that no gradient reached: a layer that the forward pass leaves out.
-                state = optimizer.state.get(p) or {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-                moments[name] = state["exp_avg"], state["exp_avg_sq"]
-        return Checkpoint(
-            epoch=n_done // per_epoch - 1, learning_rate=sum(rates) / per_epoch, n_steps=n_done, moments=moments
-        )
+
+def _checkpoint(
+    model: PeftModel, optimizer: torch.optim.Optimizer, training: TrainingConfig, n_done: int, n_steps: int
+) -> Checkpoint:
+    """The optimizer after `n_done` steps, which end an epoch."""
+    per_epoch = n_steps // training.epochs
+    rates = [learning_rate(step, n_steps, training) for step in range(n_done - per_epoch, n_done)]
+    moments = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            # Adam has no state of a parameter that no gradient reached: a layer that the forward pass leaves out.
+            state = optimizer.state.get(p) or {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            moments[name] = state["exp_avg"], state["exp_avg_sq"]
+    return Checkpoint(
+        epoch=n_done // per_epoch - 1, learning_rate=sum(rates) / per_epoch, n_steps=n_done, moments=moments
+    )
 
 
 def attach_adapter(base: Any, training: TrainingConfig) -> PeftModel:
     """A fresh adapter on the base, its start drawn from the generator as seeded by the caller; B is zero.
 
     Raises:
-        ConfigError: the base has no layer that `training.target_modules` names.
+        ConfigError: the base has no layer that `training.target_modules` names, or no block of `training.layers`.
     """
     settings = LoraConfig(
         task_type="CAUSAL_LM",
         r=training.rank,
         lora_alpha=training.alpha,  # type: ignore[arg-type]  # a float works: it is divided by r
         lora_dropout=training.dropout,
-        target_modules=training.target_modules,
+        target_modules=_targets(base, training),
         bias="none",
     )
     try:
@@ -217,6 +226,23 @@ def attach_adapter(base: Any, training: TrainingConfig) -> PeftModel:
     except BaseException:
         strip_adapter(base)
         raise
+
+
+def _targets(base: Any, training: TrainingConfig) -> str | list[str]:
+    """What is adapted, as PEFT takes it; in some blocks only, by whole names.
+
+    PEFT's own `layers_to_transform` takes no "all-linear", and the number of an expert for that of a block.
+    """
+    if training.layers is None:
+        return training.target_modules
+    if training.target_modules == "all-linear":
+        head = base.get_output_embeddings()
+        named = [n for n, m in base.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
+    else:
+        endings = tuple(training.target_modules)
+        named = [n for n, _ in base.named_modules() if n in endings or n.endswith(tuple(f".{e}" for e in endings))]
+    # Where nothing has such a name at all, PEFT says so and what there is.
+    return in_blocks(named, training.layers) if named else list(training.target_modules)
 
 
 def strip_adapter(base: Any) -> None:

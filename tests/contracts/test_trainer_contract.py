@@ -66,6 +66,25 @@ def test_the_same_rows_and_seed_give_the_same_model_in_whatever_order_samples_co
     assert not torch.equal(logits(trainer), first)
 
 
+def test_a_sample_may_have_settings_of_its_own(trainer):
+    """It is what a trainer made with these settings would make of it, and the next sample is as ever."""
+    own = trainer._training
+    trainer.train(rows(), seed=1)
+    before = logits(trainer)
+    changes = {"learning_rate": 5e-3, "epochs": 1, "batch_size": 5, "schedule": "cosine", "weight_decay": 0.1}
+    other = own.model_copy(update={**changes, **({"rank": 2, "layers": [1]} if own.method == "lora" else {})})
+    report = trainer.train(rows(), seed=1, training=other)
+    found = logits(trainer)
+    assert report.n_steps == 4
+    trainer.train(rows(), seed=1)
+    assert torch.equal(logits(trainer), before)
+    trainer.reset()
+    made = make_trainer(other, tiny_llama(), tiny_tokenizer())
+    made.train(rows(), seed=1)
+    assert torch.equal(logits(made), found)
+    assert not torch.equal(found, before)
+
+
 def test_reset_is_the_untouched_base(trainer):
     before = logits(trainer)
     trainer.train(rows(), seed=0)

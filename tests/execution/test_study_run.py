@@ -94,7 +94,10 @@ def trials_of(study: Path) -> list[Trial]:
 def essence(trials: list[Trial]) -> list[Any]:
     """What must not depend on interruptions or on the number of workers: ratios, rows, values, observations."""
     return [
-        (t.number, t.ratio, t.method, t.status, t.observation, [(s.rows_digest, s.value) for s in t.samples])
+        (
+            *(t.number, t.ratio, t.settings, t.fidelity, t.k, t.method, t.status, t.observation),
+            [(s.rows_digest, s.value) for s in t.samples],
+        )
         for t in trials
     ]
 
@@ -216,7 +219,7 @@ def test_two_trials_at_once_on_one_group_or_on_two(tmp_path: Path) -> None:
         assert "scoring the rows of 3 domains" in output
     one, two = (essence(trials_of(study)) for study in studies)
     assert one == two
-    assert [trial[3] for trial in one] == ["done"] * 6
+    assert [trial[6] for trial in one] == ["done"] * 6
 
 
 def test_a_worker_is_killed_while_it_scores(tmp_path: Path, processes: list[psutil.Process]) -> None:
@@ -342,6 +345,74 @@ def test_the_feedback_goes_away_and_comes_back(calm: Path, tmp_path: Path) -> No
     assert code == 0, output
     assert [t.status for t in trials_of(study)] == ["done", "done", "done"]
     assert {p: p.stat().st_mtime_ns for p in trained} == trained
+
+
+JUDGE = '''
+"""The more is learned the better, and the nearer the rank is to 8: it depends on all that is searched."""
+
+
+def judge(model, tokenizer):
+    own = sorted((n, p) for n, p in model.named_parameters() if "lora_B" in n)
+    rank = own[0][1].shape[1] if own else 0
+    return float(sum(p.abs().mean() for _, p in own)) - 0.01 * abs(rank - 8)
+'''
+
+
+def test_settings_fidelity_and_k_go_on_where_a_killed_driver_left_them(
+    tmp_path: Path, processes: list[psutil.Process]
+) -> None:
+    """Everything that may differ between trials at once: killed, and on two groups, as calm and on one."""
+    changes: dict[str, Any] = {
+        "feedback": {"kind": "function", "function": "judge:judge", "direction": "maximize"},
+        "sampling": {"k": "auto", "k_bounds": [1, 2]},
+        "search": {
+            "n_start": 2,
+            "n_trials": 2,
+            "optimize": "both",
+            "also": {"training.rank": {"choices": [2, 8]}, "training.learning_rate": {"log": [1e-3, 3e-2]}},
+            "fidelity": {"rows": [0.5]},
+            "recommend": "anywhere",
+        },
+    }
+    studies = [write_study(tmp_path / name, fleet__groups=n, **changes) for name, n in (("calm", 1), ("killed", 2))]
+    for study in studies:
+        (study.parent / "judge.py").write_text(JUDGE, encoding="utf-8")
+    calm, killed = studies
+    code, output = finish(start(calm))
+    assert code == 0, output
+    (killed.parent / "hold-at").write_text("5")
+    first = start(killed)
+    wait_for((killed.parent / "holding").exists, first)
+    processes += psutil.Process(first.pid).children(recursive=True)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    _, alive = psutil.wait_procs(processes, timeout=60)
+    for process in alive:
+        process.kill()
+    (killed.parent / "hold-at").unlink()
+    code, output = finish(start(killed))
+    assert code == 0, output
+    trials = trials_of(calm)
+    assert essence(trials_of(killed)) == essence(trials)
+    searched = [t for t in trials if t.kind in ("start", "search")]
+    assert sum(t.fidelity for t in searched) == pytest.approx(4, abs=0.5)
+    assert searched[0].fidelity == 1
+    for trial in searched:
+        assert trial.k is not None
+        assert len(trial.samples) == trial.k
+        for sample in trial.samples:
+            assert sample.train["n_rows"] == round(24 * trial.fidelity)
+            assert sample.spec.settings == trial.settings
+            if sample.adapter and (folder := calm.parent / "studies" / "toy" / sample.adapter).is_dir():
+                about = json.loads((folder / "adapter_config.json").read_text())
+                assert about["r"] == dict(trial.settings)["training.rank"]
+    again = [t for t in trials if t.kind == "confirm"]
+    assert all(t.fidelity == 1 for t in again)
+    stores = [Store(study.parent / "studies" / "toy") for study in studies]
+    assert stores[0].posterior() == stores[1].posterior()
+    assert set(stores[0].posterior()) == {t.number for t in searched}
+    code, output = finish(start(killed))
+    assert "starting Ray" not in output, "it is complete"
 
 
 def test_more_than_there_is(tmp_path: Path) -> None:

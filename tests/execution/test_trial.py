@@ -1,5 +1,6 @@
 """Which samples a trial asks for, in which bundles, and who goes on in a race; without Ray."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,19 +8,36 @@ import pytest
 from duet_ray.config import RacingConfig, n_finishing
 from duet_ray.execution.artifacts import Comparison, read_comparisons, sample_folder
 from duet_ray.execution.broker import Outcome, Task
-from duet_ray.execution.trial import TrialPlan, going_on, judged, leave_failed_comparison, sample_tasks
-from duet_ray.records import Direction, Ratio, SampleResult
+from duet_ray.execution.trial import (
+    TrialPlan,
+    _trial,
+    as_config,
+    going_on,
+    judged,
+    leave_failed_comparison,
+    sample_tasks,
+)
+from duet_ray.records import Direction, Ratio, SampleResult, Trial
 
-RATIO = Ratio(counts=(3, 1))
+TRIAL = Trial(
+    number=0,
+    kind="start",
+    ratio=Ratio(counts=(3, 1)),
+    status="pending",
+    method="random",
+    settings=(("training.rank", 8), ("training.target_modules", ("q_proj",))),
+    fidelity=0.5,
+    k=4,
+)
 
 
-def plan(k: int, direction: Direction = Direction.MINIMIZE, keep: float = 0.5) -> TrialPlan:
-    return TrialPlan(k=k, fuse=1, racing=RacingConfig(at=[0.25], keep=keep), direction=direction)
+def plan(direction: Direction = Direction.MINIMIZE, keep: float = 0.5) -> TrialPlan:
+    return TrialPlan(fuse=1, racing=RacingConfig(at=[0.25], keep=keep), direction=direction)
 
 
 def compared(values: dict[int, float | None]) -> list[Outcome]:
     outcomes = []
-    for task in sample_tasks(0, "start", RATIO, list(values), until=0.25):
+    for task in sample_tasks(TRIAL, list(values), until=0.25):
         assert task.spec is not None
         value = values[task.spec.sample]
         result = {
@@ -34,13 +52,13 @@ def compared(values: dict[int, float | None]) -> list[Outcome]:
 
 
 def verdict(
-    values: dict[int, float | None], k: int, earlier: Comparison | None = None
+    values: dict[int, float | None], earlier: Comparison | None = None
 ) -> tuple[dict[str, SampleResult], list[int]]:
     outcomes = compared(values)
     known = {
         o.task.spec.sample: [*([earlier] if earlier else []), Comparison(**o.result)] for o in outcomes if o.task.spec
     }
-    ended, kept = judged(outcomes, known, plan(k))
+    ended, kept = judged(outcomes, known, plan())
     return {task.key: result for task, result in ended}, kept
 
 
@@ -49,16 +67,22 @@ def samples_of(task: Task) -> list[int]:
 
 
 def test_bundles_depend_on_all_samples_and_not_on_those_that_are_missing() -> None:
-    tasks = sample_tasks(0, "start", RATIO, [1, 4], of=range(5), fuse=2)
+    tasks = sample_tasks(TRIAL, [1, 4], of=range(5), fuse=2)
     assert [(t.key, samples_of(t)) for t in tasks] == [("t0000-s1", [0, 1]), ("t0000-s4", [])]
-    assert [samples_of(t) for t in sample_tasks(0, "start", RATIO, range(3), fuse=3)] == [[0, 1, 2]] * 3
-    assert not sample_tasks(0, "start", RATIO, [], of=[], fuse=2)
+    assert [samples_of(t) for t in sample_tasks(TRIAL, range(3), fuse=3)] == [[0, 1, 2]] * 3
+    assert not sample_tasks(TRIAL, [], of=[], fuse=2)
+
+
+def test_a_trial_passes_through_tune_as_plain_data() -> None:
+    config = json.loads(json.dumps(as_config(TRIAL, 4)))
+    assert (config["trial"], config["k"], config["missing"]) == (0, 4, [0, 1, 2, 3])
+    assert sample_tasks(_trial(config), range(4), fuse=2) == sample_tasks(TRIAL, range(4), fuse=2)
 
 
 def test_a_comparison_is_another_task_than_the_sample() -> None:
-    [first] = sample_tasks(0, "start", RATIO, [2], until=0.25)
-    [second] = sample_tasks(0, "start", RATIO, [2], until=0.5)
-    [end] = sample_tasks(0, "start", RATIO, [2])
+    [first] = sample_tasks(TRIAL, [2], until=0.25)
+    [second] = sample_tasks(TRIAL, [2], until=0.5)
+    [end] = sample_tasks(TRIAL, [2])
     assert [t.key for t in (first, second, end)] == ["t0000-s2@0.25", "t0000-s2@0.5", "t0000-s2"]
     assert [t.kind for t in (first, second, end)] == ["compare", "compare", "sample"]
 
@@ -83,7 +107,7 @@ def test_those_that_failed_have_no_part_in_the_share() -> None:
 
 
 def test_who_is_out_has_its_reason_and_is_no_failure() -> None:
-    results, kept = verdict({0: 3.0, 1: 1.0, 2: None, 3: 2.0}, 4)
+    results, kept = verdict({0: 3.0, 1: 1.0, 2: None, 3: 2.0})
     assert kept == [1, 3]
     assert set(results) == {"t0000-s0", "t0000-s2"}
     stopped, failed = results["t0000-s0"], results["t0000-s2"]
@@ -97,13 +121,13 @@ def test_who_is_out_has_its_reason_and_is_no_failure() -> None:
 
 def test_what_a_stopped_sample_cost_is_all_its_stages() -> None:
     earlier = Comparison(share=0.1, value=9.0, reason=None, train_seconds=40.0, feedback_seconds=30.0)
-    results, _ = verdict({0: 3.0, 1: 1.0}, 2, earlier)
+    results, _ = verdict({0: 3.0, 1: 1.0}, earlier)
     assert (results["t0000-s0"].train_seconds, results["t0000-s0"].feedback_seconds) == (42.0, 31.0)
 
 
 def test_a_comparison_that_no_worker_survived_is_final(tmp_path: Path) -> None:
     """It stands on disk, so that a resume judges the race as it was judged."""
-    [task] = sample_tasks(0, "start", RATIO, [1], until=0.25)
+    [task] = sample_tasks(TRIAL, [1], until=0.25)
     assert task.spec is not None
     outcome = Outcome(task=task, status="failed", reason="its worker died after 3 retries")
     leave_failed_comparison(tmp_path, outcome)

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from duet_ray.config import load_config
-from duet_ray.errors import ConfigError, RatioError, SampleFailed
+from duet_ray.errors import ConfigError, FeedbackError, RatioError, SampleFailed
 from duet_ray.execution.artifacts import read_result, sample_folder
 from duet_ray.execution.broker import Task
 from duet_ray.execution.trial import scoring_tasks
 from duet_ray.execution.worker import Assignment, Worker, is_disk_full, mixture_of
 from duet_ray.preflight import preflight
-from duet_ray.records import BASE_TRIAL, Ratio, SampleSpec
+from duet_ray.records import BASE_TRIAL, CONFIRM_BASE, CONFIRM_FIRST, Ratio, SampleSpec
 from duet_ray.search import Proposer, Told
 from tests.tiny_model import write_tiny_model
 from tests.toy_study import write_rows, write_toy_study
@@ -81,16 +81,16 @@ def test_only_the_feedback_is_repeated_when_it_failed(tmp_path: Path, monkeypatc
     worker, place = make_worker(tmp_path)
     expected = worker.do_sample(SPEC, 1, silent)
     (place(SPEC) / "result.json").unlink()
-    measure = worker._feedback.measure
+    measure = worker._instruments.main.measure
 
     def broken(*_: Any, **__: Any) -> Any:
         raise ConnectionError("the rating service is away")
 
-    monkeypatch.setattr(worker._feedback, "measure", broken)
+    monkeypatch.setattr(worker._instruments.main, "measure", broken)
     with pytest.raises(ConnectionError):
         worker.do_sample(SPEC, 2, silent)
     assert read_result(place(SPEC)) is None
-    monkeypatch.setattr(worker._feedback, "measure", measure)
+    monkeypatch.setattr(worker._instruments.main, "measure", measure)
     monkeypatch.setattr(worker._trainer, "train", broken)
     assert worker.do_sample(SPEC, 3, silent).value == expected.value
 
@@ -282,7 +282,7 @@ def test_a_comparison_measures_less(tmp_path: Path) -> None:
     quick = worker.do_comparison(comparison(SPEC, 0.99), silent)
     full = worker.do_sample(SPEC, 1, silent)
     assert quick["value"] != full.value
-    assert worker._quick_feedback is not worker._feedback
+    assert worker._quick.main is not worker._instruments.main
 
 
 def test_a_sample_that_fails_on_its_way_is_out_of_the_race_with_its_reason(tmp_path: Path) -> None:
@@ -397,3 +397,134 @@ def test_the_others_of_a_group_train_the_same_sample(tmp_path: Path) -> None:
     assert first[0][1] == second[0][1]
     for a, b in zip(first[0][0], second[0][0], strict=True):
         np.testing.assert_array_equal(a.input_ids, b.input_ids)
+
+
+SEARCHED: dict[str, Any] = {
+    "search__optimize": "both",
+    "search__also": {
+        "training.rank": {"choices": [2, 8]},
+        "training.layers": {"choices": [[1], None]},
+        "training.loss_on": {"choices": ["completion", "all"]},
+        "training.learning_rate": {"log": [1e-3, 1e-1]},
+    },
+}
+SET = replace(
+    SPEC,
+    settings=(
+        ("training.rank", 8),
+        ("training.layers", (1,)),
+        ("training.loss_on", "all"),
+        ("training.learning_rate", 0.05),
+    ),
+)
+
+
+def test_a_trial_s_settings_are_those_of_a_study_that_has_them(tmp_path: Path) -> None:
+    own = {"rank": 8, "layers": [1], "loss_on": "all", "learning_rate": 0.05, "batch_size": 8, "max_tokens": 32}
+    other, other_place = make_worker(tmp_path / "other", training=own)
+    expected = other.do_sample(SPEC, 1, silent)
+    worker, place = make_worker(tmp_path / "searched", **SEARCHED)
+    plain = worker.do_sample(replace(SPEC, trial=3), 1, silent)
+    found = worker.do_sample(SET, 1, silent)
+    assert (found.value, found.rows_digest) == (expected.value, expected.rows_digest)
+    assert found.spec == SET
+    assert read_result(place(SET)) == found
+    weights = "adapter/adapter_model.safetensors"
+    assert (place(SET) / weights).read_bytes() == (other_place(SPEC) / weights).read_bytes()
+    assert worker.do_sample(replace(SPEC, trial=3, sample=2), 1, silent).value != plain.value
+    (place(replace(SPEC, trial=3)) / "result.json").unlink()
+    assert worker.do_sample(replace(SPEC, trial=3), 1, silent).value == plain.value, "the study's own are unharmed"
+
+
+def test_a_model_trained_with_other_settings_is_not_taken(tmp_path: Path) -> None:
+    """The same place and the same rows: as in a study whose store was deleted and whose files were not."""
+    worker, place = make_worker(tmp_path, **SEARCHED)
+    plain = worker.do_sample(SPEC, 1, silent)
+    (place(SPEC) / "result.json").unlink()
+    found = worker.do_sample(SET, 1, silent)
+    assert found.rows_digest == plain.rows_digest
+    assert found.value != plain.value
+
+
+def test_a_bundle_has_its_trial_s_settings(tmp_path: Path) -> None:
+    alone, _ = make_worker(tmp_path / "alone", **SEARCHED)
+    together, place = make_worker(tmp_path / "together", sampling__k=3, training__fuse=3, **SEARCHED)
+    bundle = tuple(replace(SET, sample=s) for s in range(3))
+    found = [together.do_sample(spec, 1, silent, bundle=bundle) for spec in bundle]
+    assert [f.train["n_fused"] for f in found] == [3, 3, 3]
+    np.testing.assert_allclose(
+        [f.value for f in found], [alone.do_sample(s, 1, silent).value for s in bundle], rtol=1e-4
+    )
+    assert json.loads((place(bundle[0]) / "adapter" / "adapter_config.json").read_text())["r"] == 8
+
+
+def test_the_state_of_a_training_is_of_its_settings(tmp_path: Path) -> None:
+    worker, place = make_worker(tmp_path, training__checkpoint_minutes=1e-9, **SEARCHED)
+    calm, _ = make_worker(tmp_path / "calm", **SEARCHED)
+
+    class Killed(BaseException):
+        pass
+
+    def die(stage: str, done: int = 0, total: int = 0) -> None:
+        if done == 2:
+            raise Killed
+
+    for spec in (SPEC, SET):
+        with pytest.raises(Killed):
+            worker.do_sample(spec, 1, die)
+    assert len(list((place(SPEC) / "training").iterdir())) == 2
+    assert worker.do_sample(SET, 1, silent).value == calm.do_sample(SET, 1, silent).value
+
+
+def test_a_cheap_trial_trains_on_a_share_of_the_rows(tmp_path: Path) -> None:
+    worker, _ = make_worker(tmp_path)
+    cheap = replace(SPEC, fidelity=0.25)
+    assert [len(rows) for rows in mixture_of(worker._config, cheap, worker._weights).rows] == [3, 0, 3]
+    found = worker.do_sample(cheap, 1, silent)
+    assert found.train["n_rows"] == 6
+    assert found.spec.fidelity == 0.25
+
+
+SAFETY = "def measure(model, tokenizer):\n    return 0.25 * (1 + len(getattr(model, 'peft_config', {})))\n"
+SIDE = {"kind": "function", "function": "safety:measure", "direction": "maximize", "name": "safety"}
+
+
+def test_a_weighted_sum_of_metrics_is_the_value(tmp_path: Path) -> None:
+    """Loss, 2 of it, and safety, which is made large, 10 of it: 2 · loss - 10 · safety; a race compares the same."""
+    (tmp_path / "safety.py").write_text(SAFETY)
+    weights = {"heldout_loss_loss": 2.0, "safety": 10.0}
+    worker, _ = make_worker(tmp_path, also=[SIDE], search__objective={"weights": weights}, **RACE)
+    found = worker.do_sample(SPEC, 1, silent)
+    assert set(found.metrics) == {"heldout_loss_loss", "safety"}
+    assert found.metrics["safety"] == 0.5
+    assert found.value == pytest.approx(2 * found.metrics["heldout_loss_loss"] - 10 * 0.5)
+    compared = worker.do_comparison(comparison(replace(SPEC, sample=0)), silent)
+    assert -5 < compared["value"] < 15
+    base = worker.do_sample(SampleSpec(trial=BASE_TRIAL, sample=0, kind="base", ratio=None), 1, silent)
+    assert base.value == pytest.approx(2 * base.metrics["heldout_loss_loss"] - 10 * 0.25)
+
+
+def test_a_metric_that_the_search_needs_is_not_left_out(tmp_path: Path) -> None:
+    (tmp_path / "gone.py").write_text("def measure(model, tokenizer):\n    raise ConnectionError('away')\n")
+    gone = {**SIDE, "function": "gone:measure"}
+    shown, _ = make_worker(tmp_path, name="shown", also=[gone])
+    assert shown.do_sample(SPEC, 1, silent).metrics == {}
+    needed, _ = make_worker(
+        tmp_path, also=[gone], search__acquisition="qlognei", search__objective={"require": ["safety >= 0.5"]}
+    )
+    with pytest.raises(FeedbackError, match="away"):
+        needed.do_sample(SPEC, 1, silent)
+
+
+def test_a_confirmation_looks_closer(tmp_path: Path) -> None:
+    """`confirm.limit`: as many rows as a study with that limit would look at, and never fewer than a metric has."""
+    wide = {"kind": "heldout_loss", "file": "data/task.jsonl", "limit": 12, "name": "wide"}
+    task = {"kind": "heldout_loss", "file": "data/task.jsonl", "limit": 4}
+    worker, _ = make_worker(tmp_path / "a", feedback=task, also=[wide], confirm={"limit": 8})
+    larger, _ = make_worker(tmp_path / "b", feedback={**task, "limit": 8}, also=[wide])
+    again = SampleSpec(trial=CONFIRM_FIRST + 2, sample=0, kind="confirm", ratio=SPEC.ratio)
+    base = SampleSpec(trial=CONFIRM_BASE, sample=0, kind="confirm", ratio=None)
+    for spec in (again, base):
+        found, expected = worker.do_sample(spec, 1, silent), larger.do_sample(spec, 1, silent)
+        assert (found.value, found.metrics) == (expected.value, expected.metrics)
+    assert worker.do_sample(SPEC, 1, silent).value != larger.do_sample(SPEC, 1, silent).value

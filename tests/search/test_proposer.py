@@ -10,10 +10,14 @@ import torch
 
 from duet_ray.config import SearchConfig
 from duet_ray.errors import FeedbackError, RatioError
-from duet_ray.records import Ratio
-from duet_ray.search import Proposer, SimplexSpace, Told, start_design, surrogate
-from duet_ray.search.acquisition import SimplexOptions
+from duet_ray.records import Point, Ratio
+from duet_ray.search import Proposer, SimplexSpace, Told, start_design
+from duet_ray.search.fitted import fitted as search_fitted
 from tests.toys import Toy, quadratic_toy
+
+PAPERS = {"acquisition": "lcb", "beta": 0.5, "kernel": "se"}
+"""The paper's search, which closed forms are written for."""
+PAPER = SearchConfig(**PAPERS)
 
 
 def space(n: int, n_rows: int, lower: Sequence[int] | None = None, upper: Sequence[int] | None = None) -> SimplexSpace:
@@ -32,12 +36,13 @@ def told_by(toy: Toy, ratios: Sequence[Ratio], sem: float | None = None) -> list
 def propose(
     s: SimplexSpace, told: Sequence[Told], pending: Sequence[Ratio] = (), *, trial: int = 100, seed: int = 0, **settings
 ):
-    return Proposer(s, SearchConfig(**settings), seed).propose(trial, told, pending)
+    points = [Point(ratio=ratio) for ratio in pending]
+    return Proposer(s, SearchConfig(**{**PAPERS, **settings}), seed).propose(trial, told, points)
 
 
 def run(s: SimplexSpace, toy: Toy, n_trials: int, seed: int, **settings) -> list[Told]:
     """A whole sequential study."""
-    proposer, told = Proposer(s, SearchConfig(**settings), seed), []
+    proposer, told = Proposer(s, SearchConfig(**{**PAPERS, **settings}), seed), []
     for trial in range(n_trials):
         ratio = proposer.propose(trial, told, []).ratio
         told.append(Told(ratio=ratio, loss=toy(ratio, trial)))
@@ -63,19 +68,9 @@ def closed_form(
 
 def fitted(s: SimplexSpace, told: Sequence[Told], infer_noise: bool, pending: Sequence[Ratio] = ()):
     """The fitted model's length-scale, noise variance and mean, on standardised losses."""
-    ordered = sorted(told, key=lambda t: t.ratio.counts)
-    free = tuple(range(s.n_domains))
-    scale = surrogate.LossScale.of([t.loss for t in ordered])
-    z = scale.standardise([t.loss for t in ordered])
-    x = np.stack([t.ratio.values for t in ordered])
-    sems = None if infer_noise else np.array([t.sem for t in ordered], dtype=float) / scale.spread
-    model = surrogate.fit(
-        surrogate.build_experiment(s, free, [t.ratio for t in ordered], z, sems, pending),
-        start=surrogate.likelihood_peak(x, z, sems),
-        infer_noise=infer_noise,
-        settings=SearchConfig(),
-        options=SimplexOptions(space=s, free=free, seed=0, avoid=frozenset()),
-    ).generator.surrogate.model
+    found = search_fitted(Proposer(s, PAPER, 0), told)
+    ordered, scale, model = found.told, found.scale, found.model
+    x, z = np.stack([one.ratio.values for one in ordered]), scale.standardise([one.loss for one in ordered])
     noise = model.likelihood.noise.detach().double().numpy() * np.ones(len(z))
     return x, z, noise, model.covar_module.lengthscale.item(), model.mean_module.constant.item(), scale
 
@@ -180,12 +175,13 @@ def test_zeros_are_exact():
 
 SCRIPT = """
 from duet_ray.config import SearchConfig
+from duet_ray.records import Point
 from duet_ray.search import Proposer, SimplexSpace, Told, start_design
 import numpy as np
 s = SimplexSpace(names=tuple("abcde"), n_rows=5000, lower=(0,) * 5, upper=(5000,) * 5)
 design = start_design(s, 12, 3, False)
 told = [Told(ratio=r, loss=float(np.square(r.values - 0.2).sum())) for r in design[:10]]
-p = Proposer(s, SearchConfig(), 3).propose(20, told, design[10:])
+p = Proposer(s, SearchConfig(), 3).propose(20, told, [Point(ratio=r) for r in design[10:]])
 print(p.ratio.counts, p.expected, p.sigma)
 """
 
@@ -242,7 +238,7 @@ def test_resumed_equals_uninterrupted():
     whole = run(s, toy, 9, 0, **settings)
     for stopped in (3, 7):
         resumed = list(whole[:stopped])
-        proposer = Proposer(s, SearchConfig(**settings), 0)
+        proposer = Proposer(s, SearchConfig(**PAPERS, **settings), 0)
         for trial in range(stopped, 9):
             ratio = proposer.propose(trial, resumed, []).ratio
             resumed.append(Told(ratio=ratio, loss=toy(ratio, trial)))

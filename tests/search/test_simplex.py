@@ -150,13 +150,13 @@ def test_an_impossible_space_is_refused(kwargs, message):
 # From a study --------------------------------------------------------------------------------------------------------
 
 
-def study(bounds: list[tuple[float, float]], n_rows: int = 100, when_short: str = "cap"):
+def study(bounds: list[tuple[float, float]], n_rows: int = 100, when_short: str = "cap", **mixture):
     return config_from(
         {
             "name": "toy",
             "model": {"path": "nowhere"},
             "domains": [{"name": f"d{i}", "source": "x.jsonl", "bounds": list(b)} for i, b in enumerate(bounds)],
-            "mixture": {"n_rows": n_rows, "when_short": when_short},
+            "mixture": {"n_rows": n_rows, "when_short": when_short, **mixture},
             "feedback": {"kind": "heldout_loss", "file": "task.jsonl"},
         },
         folder=Path(),
@@ -196,6 +196,31 @@ def test_a_study_that_cannot_be_served_says_what_to_change(config, rows, message
         SimplexSpace.of(config, rows)
 
 
+@pytest.mark.parametrize(("repeats", "upper"), [(1, (40, 0, 100)), (2.5, (100, 0, 100)), (1.26, (50, 0, 100))])
+def test_a_cap_on_repeats_bounds_a_domain(repeats, upper):
+    # 2.5 · 40 = 100 rows and 1.26 · 40 = 50.4.
+    s = SimplexSpace.of(study([(0, 1)] * 3, when_short="repeat", max_repeats=repeats), [40, 0, 1000])
+    assert s.upper == upper
+
+
+def test_a_whole_number_of_repeats_is_whole_whatever_floats_say():
+    # 1.1 · 10 is 11.000000000000002 in floats, 1.15 · 100 is 114.99999999999999.
+    s = SimplexSpace.of(study([(0, 1)] * 2, n_rows=200, when_short="repeat", max_repeats=1.15), [100, 100])
+    assert s.upper == (115, 115)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ((0, 1), r"can give 80 rows \(d0 40, d1 40\) with mixture.max_repeats = 2, .*or raise mixture.max_repeats"),
+        ((0.5, 1), "d0: its lower bound asks for 50 rows, with mixture.max_repeats = 2 it has 40; .*or raise mixture"),
+    ],
+)
+def test_too_few_repeats_say_what_to_change(bounds, message):
+    with pytest.raises(RatioError, match=message):
+        SimplexSpace.of(study([bounds, (0, 1)], when_short="repeat", max_repeats=2), [20, 20])
+
+
 # Start design --------------------------------------------------------------------------------------------------------
 
 
@@ -217,10 +242,46 @@ def test_uniform_comes_first_then_the_vertices():
     assert start_design(s, 1, 0, False) == [s.uniform()]
 
 
+def test_a_prior_ratio_comes_second():
+    s, first = space(3, 30), Ratio(counts=(20, 5, 5))
+    kinds = [kind for kind, _ in zip(start_stream(s, 0, True, first), range(6), strict=False)]
+    assert [kind for kind, _ in kinds] == ["uniform", "prior", "vertex", "vertex", "vertex", "random"]
+    design = start_design(s, 8, 0, True, first)
+    assert design[1] == first
+    assert [design[0], *design[2:]] == start_design(s, 7, 0, True), "the others stay as they were"
+
+
+def test_a_prior_ratio_that_is_another_anyway_comes_once():
+    s = space(3, 30)
+    assert start_design(s, 8, 0, True, s.uniform()) == start_design(s, 8, 0, True)
+    vertex = Ratio(counts=(0, 30, 0))
+    design = start_design(s, 8, 0, True, vertex)
+    assert design[1] == vertex
+    assert len(set(design)) == 8
+
+
+def test_a_prior_ratio_outside_the_space_is_refused():
+    with pytest.raises(RatioError, match=r"prior ratio .*outside the space.*search.prior"):
+        start_design(space(3, 30, 0, 18), 2, 0, False, Ratio(counts=(30, 0, 0)))
+
+
 def test_vertices_are_projected_into_the_bounds():
     s = space(3, 30, 3, 18)
     # By hand: all that domain 0 may have, 18, and the other 12 rows shared out.
     assert start_design(s, 2, 0, True)[1].counts == (18, 6, 6)
+
+
+def test_a_design_stays_what_it_was():
+    """Studies resume: the same seed must give the same ratios in every later version."""
+    assert [r.counts for r in start_design(space(4, 1000, 50, 700), 4, 7, False)[1:]] == [
+        (430, 122, 108, 340),
+        (211, 334, 278, 177),
+        (484, 166, 227, 123),
+    ]
+    assert [r.counts for r in start_design(space(3, 100_000, 0, 34_000), 3, 7, False)[1:]] == [
+        (33984, 33517, 32499),
+        (33368, 33056, 33576),
+    ]
 
 
 def test_a_design_depends_on_its_seed():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from duet_ray.errors import StoreError, StudyLocked
-from duet_ray.records import BASE_TRIAL, Observation, Ratio, SampleResult, SampleSpec
+from duet_ray.records import BASE_TRIAL, Observation, PastRun, Ratio, SampleResult, SampleSpec
 from duet_ray.store import Store
 
 
@@ -161,3 +161,97 @@ def test_no_study_a_newer_study_and_a_broken_file(tmp_path: Path) -> None:
     (broken / "study.db").write_bytes(b"not a database at all" * 100)
     with pytest.raises(StoreError, match="cannot be read as a study's store"):
         Store(broken)
+
+
+SETTINGS = (("training.rank", 8), ("training.target_modules", ("q_proj", "v_proj")), ("training.layers", None))
+
+
+def test_a_trial_keeps_its_settings_its_fidelity_and_its_k(tmp_path: Path) -> None:
+    def add(store: Store, fidelity: float = 0.25, rank: int = 8) -> None:
+        settings = (("training.rank", rank), *SETTINGS[1:])
+        store.add_trial(1, "start", Ratio(counts=(3, 7)), "random", settings=settings, fidelity=fidelity, k=3)
+
+    with Store(tmp_path, create=True).writing() as store:
+        add(store)
+        add(store)
+        (trial,) = Store(tmp_path).trials()
+        assert (trial.settings, trial.fidelity, trial.k) == (SETTINGS, 0.25, 3)
+        assert trial.spec(2).settings == SETTINGS
+        assert SampleSpec.from_json(trial.spec(2).to_json()) == trial.spec(2)
+        with pytest.raises(StoreError, match=r"t0001 has settings \{'training.rank': 8, .* at fidelity 0.25, not"):
+            add(store, rank=16)
+        with pytest.raises(StoreError, match=r"at fidelity 0.25, not .* at 1"):
+            add(store, fidelity=1.0)
+
+
+def test_past_runs_are_added_once_and_stay_in_order(tmp_path: Path) -> None:
+    runs = [
+        PastRun(counts=(3, 7), value=0.1 + 0.2, sem=0.01, fidelity=0.5, source="runs.csv:2"),
+        PastRun(counts=(5, 5), value=-1.0, source="runs.csv:3"),
+    ]
+    with Store(tmp_path, create=True).writing() as store:
+        assert store.past_runs() == []
+        assert store.add_past_runs(runs) == 2
+        assert store.add_past_runs([*reversed(runs), PastRun(counts=(5, 5), value=-1.0, source="runs.csv:4")]) == 1
+        assert store.past_runs()[:2] == runs
+        assert [run.source for run in Store(tmp_path).past_runs()] == ["runs.csv:2", "runs.csv:3", "runs.csv:4"]
+
+
+def test_the_order_of_the_trials_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    with Store(tmp_path, create=True).writing() as store:
+        for number in range(4):
+            store.add_trial(number, "start", Ratio(counts=(3, 7)), "random")
+        assert (store.posterior(), store.ranking()) == ({}, ([], set()))
+        store.set_posterior({0: (0.5, 0.1), 1: (0.25, 0.2)}, [1, 0])
+        store.set_posterior({0: (0.5, 0.1), 2: (0.25, 0.2), 3: (0.75, None)}, [2, 0])
+        assert store.posterior() == {0: (0.5, 0.1), 2: (0.25, 0.2)}
+        assert store.ranking() == ([2, 0], {0, 2, 3})
+
+
+VERSION_1 = """
+CREATE TABLE study (id INTEGER NOT NULL PRIMARY KEY, name VARCHAR(64) NOT NULL, schema_version INTEGER NOT NULL,
+    config JSON NOT NULL, inputs JSON NOT NULL, resolved JSON NOT NULL, domains JSON NOT NULL, versions JSON NOT NULL,
+    status VARCHAR(16) NOT NULL, created FLOAT NOT NULL, seconds FLOAT NOT NULL);
+CREATE TABLE trial (number INTEGER NOT NULL PRIMARY KEY, kind VARCHAR(16) NOT NULL, counts JSON,
+    status VARCHAR(16) NOT NULL, method VARCHAR(64) NOT NULL, reason TEXT);
+CREATE TABLE sample (trial INTEGER NOT NULL, sample INTEGER NOT NULL, value FLOAT, result JSON NOT NULL,
+    PRIMARY KEY (trial, sample), FOREIGN KEY(trial) REFERENCES trial (number));
+CREATE TABLE observation (trial INTEGER NOT NULL PRIMARY KEY, value FLOAT NOT NULL, sem FLOAT, k INTEGER NOT NULL,
+    k_used INTEGER NOT NULL, best_sample INTEGER NOT NULL, FOREIGN KEY(trial) REFERENCES trial (number));
+CREATE TABLE feedback_event (id VARCHAR(64) NOT NULL PRIMARY KEY, trial INTEGER NOT NULL, sample INTEGER NOT NULL,
+    value FLOAT NOT NULL, received FLOAT NOT NULL);
+CREATE TABLE artifact (trial INTEGER NOT NULL, sample INTEGER NOT NULL, path VARCHAR(255) NOT NULL,
+    kept INTEGER NOT NULL, UNIQUE (trial, sample));
+CREATE TABLE driver (id INTEGER NOT NULL PRIMARY KEY, fence INTEGER NOT NULL, holder VARCHAR(64), host VARCHAR(255),
+    pid INTEGER, process_started FLOAT, expires FLOAT NOT NULL);
+INSERT INTO study VALUES (1, 'old', 1, '{"seed": 3}', '{}', '{}', '[]', '{}', 'done', 1.0, 2.0);
+INSERT INTO trial VALUES (-1, 'base', NULL, 'done', 'base', NULL), (0, 'start', '[3, 7]', 'done', 'uniform', NULL),
+    (1, 'start', '[5, 5]', 'pending', 'random', NULL);
+INSERT INTO sample VALUES (0, 0, 0.5, '{"spec": {"trial": 0, "sample": 0, "kind": "start", "counts": [3, 7]},
+    "value": 0.5, "reason": null, "stderr": null, "metrics": {}, "train": {}, "train_seconds": 1.0,
+    "feedback_seconds": 1.0, "rows_digest": "x", "adapter": null, "lease": 1, "n_retries": 0}');
+INSERT INTO observation VALUES (0, 0.5, NULL, 1, 1, 0);
+INSERT INTO driver VALUES (1, 4, NULL, 'h', 1, 1.0, 0.0);
+"""
+"""A store as version 1 of the schema made it, written by hand."""
+
+
+@pytest.mark.parametrize("create", [False, True], ids=["reader", "driver"])
+def test_a_store_of_an_older_version_is_brought_up_to_date(tmp_path: Path, create: bool) -> None:
+    with sqlite3.connect(tmp_path / "study.db") as raw:
+        raw.executescript(VERSION_1)
+    store = Store(tmp_path, create=create)
+    _, done, pending = store.trials()
+    assert (done.settings, done.fidelity, done.k, pending.settings) == ((), 1.0, None, ())
+    assert done.samples[0].spec == done.spec(0)
+    assert done.observation == Observation(value=0.5, k=1, k_used=1, best_sample=0)
+    assert (store.past_runs(), store.posterior()) == ([], {})
+    again = Store(tmp_path)
+    assert again.trials() == store.trials(), "once is enough"
+    with again.writing():
+        again.add_trial(2, "start", Ratio(counts=(1, 9)), "random", settings=SETTINGS, fidelity=0.5, k=2)
+        again.set_posterior({0: (0.5, 0.1)}, [0])
+        again.add_past_runs([PastRun(counts=(3, 7), value=1.0, source="a.csv:2")])
+    with sqlite3.connect(tmp_path / "study.db") as raw:
+        assert raw.execute("SELECT schema_version FROM study").fetchone() == (2,)
+        assert raw.execute("SELECT settings, fidelity, k FROM trial WHERE number = 1").fetchone() == ("[]", 1.0, None)

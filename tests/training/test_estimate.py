@@ -114,6 +114,38 @@ def test_a_model_that_is_no_llama(folder: Path) -> None:
     assert estimate_time(config, 20.0) is not None
 
 
+def test_some_blocks_alone_are_counted(folder: Path) -> None:
+    whole = estimate_memory(study(folder, training__rank=4))
+    half = estimate_memory(study(folder, training__rank=4, training__layers=[1]))
+    assert half.n_trained == whole.n_trained / 2
+    assert half.total_gib < whole.total_gib
+    assert estimate_time(study(folder, training__layers=[1]), 20.0) is not None
+    with pytest.raises(ConfigError, match=r"training\.layers: the model has the transformer blocks 0 to 1, got 2"):
+        estimate_memory(study(folder, training__layers=[1, 2]))
+
+
+def test_memory_is_that_of_the_dearest_settings_searched(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    also = {
+        "training.rank": {"choices": [2, 64]},
+        "training.layers": {"choices": [[0], None]},
+        "training.batch_size": {"choices": [4, 12]},
+        "training.learning_rate": {"log": [1e-4, 1e-2]},
+    }
+    found = estimate_memory(study(folder, search__also=also, search__optimize="both"))
+    same = estimate_memory(study(folder, training__rank=64, training__batch_size=12, training__micro_batch_size=4))
+    assert (found.n_trained, found.total_gib) == (same.n_trained, same.total_gib)
+    assert found.describe().endswith(
+        "for the dearest of the settings searched: training.rank 64, training.layers all, training.batch_size 12"
+    )
+    assert "searched" not in same.describe()
+    have_ram(monkeypatch, found.total_gib - 0.001)
+    config = study(folder, search__also=also, search__optimize="both")
+    assert "may be needed" in str(memory_problem(config, estimate_memory(config)))
+    gone = {"training.layers": {"choices": [[0], [5]]}}
+    with pytest.raises(ConfigError, match=r"training\.layers: .* got 5"):
+        estimate_memory(study(folder, search__also=gone, search__optimize="both"))
+
+
 def test_a_layer_that_is_not_there(folder: Path) -> None:
     with pytest.raises(ConfigError, match="no linear layer is called query; there are: down_proj, gate_proj"):
         estimate_memory(study(folder, training__target_modules=["query"]))

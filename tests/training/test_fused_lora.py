@@ -544,3 +544,14 @@ def test_two_workers_train_the_bundle_that_one_trains(tmp_path):
     for i, sample in enumerate(samples):
         alone(model_of(torch.float64), training, sample, tmp_path / f"alone{i}")
         assert_same_adapter(sample.folder, tmp_path / f"alone{i}", 1e-12)
+
+
+def test_some_blocks_in_one_pass_as_alone(tmp_path):
+    training = config(layers=[1], epochs=2)
+    samples = bundle(tmp_path, 8, 11)
+    ended = train_fused(tiny_llama(), tiny_tokenizer(), training, samples)
+    for sample, report in zip(samples, ended, strict=True):
+        expected = alone(tiny_llama(), training, sample, tmp_path / "alone" / sample.folder.name)
+        assert_same_report(report, expected)
+        assert_same_adapter(sample.folder, tmp_path / "alone" / sample.folder.name, TOLERANCE[torch.float32])
+        assert {name.split(".layers.")[1][0] for name in weights(sample.folder)} == {"1"}

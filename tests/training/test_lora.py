@@ -9,6 +9,7 @@ from duet_ray.config import TrainingConfig
 from duet_ray.errors import ConfigError, SampleFailed, StoreError
 from duet_ray.records import TokenRow
 from duet_ray.training import Checkpoint
+from duet_ray.training.blocks import block_of
 from duet_ray.training.lora import LoraTrainer
 from tests.tiny_model import tiny_llama, tiny_tokenizer
 
@@ -373,3 +374,43 @@ def test_an_error_at_the_end_of_an_epoch_leaves_the_base_untouched():
         trainer.train(make_rows(), seed=0, on_epoch=fail)
     assert torch.equal(logits(trainer.model), before)
     assert not trainer.model.training
+
+
+def adapted(trainer: LoraTrainer) -> set[str]:
+    return {n.removeprefix("base_model.model.model.").rsplit(".lora_", 1)[0] for n in adapter(trainer)}
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
+def test_blocks_that_are_not_named_stay_as_they_are(targets):
+    trainer = LoraTrainer(tiny_llama(n_layers=3), tiny_tokenizer(), config(target_modules=targets))
+    trainer.train(make_rows(8), seed=0)
+    every = adapted(trainer)
+    trainer = LoraTrainer(tiny_llama(n_layers=3), tiny_tokenizer(), config(target_modules=targets, layers=[0, 2]))
+    trainer.train(make_rows(8), seed=0)
+    assert adapted(trainer) == {name for name in every if name.split(".")[1] in "02"}
+
+
+def test_an_adapter_of_some_blocks_is_saved_and_loaded(tmp_path):
+    trainer = make_trainer(layers=[1])
+    trainer.train(make_rows(), seed=0)
+    trained = logits(trainer.model)
+    trainer.save(tmp_path / "adapter")
+    other = make_trainer()
+    other.load(tmp_path / "adapter")
+    assert torch.equal(logits(other.model), trained)
+    assert not torch.equal(trained, logits(tiny_llama()))
+
+
+def test_a_block_that_is_not_there_is_named():
+    with pytest.raises(ConfigError, match=r"training\.layers: the model has the transformer blocks 0 to 1, got 2, 7"):
+        make_trainer(layers=[0, 2, 7]).train(make_rows(), seed=0)
+    with pytest.raises(ConfigError, match=r"training\.target_modules: .*The linear layers of this model are called"):
+        make_trainer(layers=[0], target_modules=["query"]).train(make_rows(), seed=0)
+
+
+def test_the_first_number_of_a_name_is_its_block():
+    assert [block_of(n) for n in ("model.layers.3.mlp.experts.5.w1", "transformer.h.11.attn.c_attn", "lm_head")] == [
+        3,
+        11,
+        None,
+    ]

@@ -1,28 +1,20 @@
-"""The study file: a closed schema, read once, with every problem reported at once.
+"""What a study file may hold: a closed schema, section by section, in the order of the file and of the data's path.
 
-A typo in a YAML file costs a night of GPU time when it is silently ignored, so unknown keys are errors with a
-suggestion, every message carries the YAML path and the line, and nothing starts before the whole file is sound.
-Keys that are planned but not built yet are refused by name, never accepted and ignored (`study_file.py`).
-
-All relative paths in a study file are relative to the folder of that file, so that a study gives the same result
-from whatever folder it is started.
+Defaults and descriptions stand here and nowhere else; `duet init` writes a file that shows them.
 """
 
-import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
-from duet_ray.errors import ConfigError, Problem
 from duet_ray.records import Direction
-from duet_ray.study_file import explain, later_keys, leaves, line_of, parse, secrets, set_value
 
 SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
@@ -83,6 +75,9 @@ class MixtureConfig(Section):
     n_rows: int = Field(10_000, ge=1, description="rows in a mixture (the paper's M)")
     when_short: Literal["cap", "repeat", "error"] = Field(
         "cap", description="a domain smaller than its share: limit the share, repeat rows, or stop"
+    )
+    max_repeats: float | None = Field(
+        None, ge=1, description="with when_short: repeat: how often a domain's rows may be used at most; null = any"
     )
     replacement: bool = Field(False, description="draw rows with replacement")
 
@@ -147,14 +142,94 @@ class SelectionConfig(Section):
     weighting: WeightingConfig = WeightingConfig()
 
 
+class AlsoConfig(Section):
+    """The values of one training setting that is searched: exactly one of the three."""
+
+    choices: list[Any] | None = Field(None, min_length=2, description="one of these values")
+    range: tuple[float, float] | None = Field(None, description="[low, high], searched evenly")
+    log: tuple[float, float] | None = Field(None, description="[low, high], searched evenly in its logarithm")
+
+    @model_validator(mode="after")
+    def _one_of_three(self) -> "AlsoConfig":
+        given = [name for name in ("choices", "range", "log") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"must be exactly one of choices, range, log; got {', '.join(given) or 'none'}")
+        if self.choices is not None and len({json.dumps(c) for c in self.choices}) < len(self.choices):
+            raise ValueError(f"the choices must differ, got {self.choices}")
+        for name in ("range", "log"):
+            ends = getattr(self, name)
+            if ends is not None and not (ends[0] < ends[1] and (name == "range" or ends[0] > 0)):
+                positive = " and low > 0" if name == "log" else ""
+                raise ValueError(f"{name} must be [low, high] with low < high{positive}, got {list(ends)}")
+        return self
+
+
+class FidelityConfig(Section):
+    rows: list[float] = Field(
+        [0.25], min_length=1, description="cheap trials train on such a share of mixture.n_rows; the whole always may"
+    )
+
+    @field_validator("rows")
+    @classmethod
+    def _shares(cls, rows: list[float]) -> list[float]:
+        if not all(0 < r < 1 for r in rows) or any(a >= b for a, b in pairwise(rows)):
+            raise ValueError(f"must be rising shares between 0 and 1, got {rows}")
+        return rows
+
+
+class ObjectiveConfig(Section):
+    """What is searched for, where it is more than the feedback's one number. Names are those of the tables."""
+
+    weights: dict[str, float] | None = Field(
+        None, description="metric -> weight > 0: the sum of these is made best (each in its own direction)"
+    )
+    pareto: list[str] | None = Field(None, min_length=2, description="metrics that are traded off: a front, not a best")
+    require: list[str] = Field(
+        default_factory=list, description='such as "safety >= base - 0.01" or "loss_chat <= 2.5"; base: untouched model'
+    )
+
+
 class SearchConfig(Section):
     n_trials: int = Field(10, ge=0, description="Bayesian trials (the paper's T), after the start design")
     n_start: int = Field(10, ge=1, description="ratios of the start design; the uniform one is the first")
-    acquisition: Literal["lcb", "qlognei"] = "lcb"
-    beta: float = Field(0.5, ge=0, description="lcb: factor on σ")
-    kernel: Literal["se"] = Field("se", description="isotropic squared exponential, maximum likelihood")
+    acquisition: Literal["lcb", "qlognei", "ei", "kg", "thompson"] = Field(
+        "lcb", description="lcb: lower confidence bound; ei, qlognei: expected improvement; kg: knowledge gradient"
+    )
+    beta: Annotated[float, Field(ge=0)] | Literal["theory"] = Field(
+        2.0, description="lcb: factor on σ, 0.5 in the paper; theory: as the regret bound (Chowdhury & Gopalan 2017)"
+    )
+    rkhs_norm: float = Field(1.0, gt=0, description="beta: theory: bound B on the norm of the standardised loss")
+    delta: float = Field(0.1, gt=0, lt=1, description="beta: theory: the bound holds with probability 1 − δ")
+    kernel: Literal["se", "matern", "ard", "compositional", "auto"] = Field(
+        "compositional",
+        description="se: isotropic squared exponential, maximum likelihood (the paper's); compositional: on square "
+        "roots of the shares, with a trend; auto: the best by leave-one-out",
+    )
+    noise: Literal["inferred", "theory"] = Field(
+        "inferred", description="theory: from the spread of the k samples, where Theorem 3.2's law fits it"
+    )
     vertices: bool = Field(False, description="the start design includes every domain alone")
+    prior: Literal["sizes"] | dict[str, float] | None = Field(
+        None, description="a second ratio to start with: by the domains' sizes, or domain -> share"
+    )
+    constraints: list[str] = Field(default_factory=list, description='over domains: "code + maths >= 0.2"')
+    optimize: Literal["data", "model", "both"] = Field(
+        "data", description="the ratio, the training settings in `also` (at the uniform or prior ratio), or both"
+    )
+    also: dict[str, AlsoConfig] = Field(default_factory=dict, description="training settings to search: path -> values")
+    objective: ObjectiveConfig | None = None
+    fidelity: FidelityConfig | None = Field(None, description="cheap trials on fewer rows; null = all are whole")
+    recommend: Literal["trained", "anywhere"] = Field(
+        "trained", description="the posterior's best among trained ratios, or anywhere (it is trained to confirm it)"
+    )
     concurrent_trials: int = Field(1, ge=1)
+
+    @property
+    def n_start_trials(self) -> int:
+        """Trials of the start design. With fidelities it has `n_start` whole trials' worth of rows: the first trial is
+        whole, the others are as cheap as may be."""
+        cheapest = self.fidelity.rows[0] if self.fidelity is not None else 1.0
+        return 1 + math.floor((self.n_start - 1) / cheapest + 1e-9)
 
 
 class RacingConfig(Section):
@@ -171,10 +246,25 @@ class RacingConfig(Section):
 
 
 class SamplingConfig(Section):
-    k: int = Field(1, ge=1, description="samples per ratio; the observation is the best of them")
+    k: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        1, description="samples per ratio; the observation is the best of them; auto: more where it matters"
+    )
+    k_bounds: tuple[int, int] = Field((1, 4), description="k: auto: the fewest and the most samples of a ratio")
     min_samples: int = Field(1, ge=1, description="fewer finished samples than this fail the trial")
     max_retries: int = Field(3, ge=0, description="retries of a sample whose worker died")
     racing: RacingConfig | None = Field(None, description="stop samples that are behind early")
+
+    @property
+    def k_most(self) -> int:
+        """The most samples that a trial can have."""
+        return self.k_bounds[1] if self.k == "auto" else self.k
+
+    @field_validator("k_bounds")
+    @classmethod
+    def _rising_bounds(cls, bounds: tuple[int, int]) -> tuple[int, int]:
+        if not 1 <= bounds[0] <= bounds[1]:
+            raise ValueError(f"must be [fewest, most] with 1 <= fewest <= most, got {list(bounds)}")
+        return bounds
 
 
 class ZeroConfig(Section):
@@ -195,6 +285,9 @@ class TrainingConfig(Section):
     alpha: float = Field(32, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    layers: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None, min_length=1, description="lora: numbers of the transformer blocks to adapt; null = all"
+    )
     learning_rate: float = Field(1e-4, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_ratio: float = Field(0.0, ge=0, lt=1)
@@ -284,6 +377,7 @@ class FleetConfig(Section):
 class ConfirmConfig(Section):
     finalists: int = Field(1, ge=0, description="best ratios to train and measure again; 0 = none")
     repeats: int = Field(3, ge=1, description="fresh seeds per finalist")
+    limit: int | None = Field(None, ge=1, description="the feedback's `limit` here: a larger look; null = as it is")
 
 
 class StudyConfig(Section):
@@ -380,61 +474,6 @@ class StudyConfig(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
 
 
-def _contradictions(config: StudyConfig) -> Iterator[tuple[str, str]]:
-    """Keys that are sound each, and not together: (path, message)."""
-    sampling, training = config.sampling, config.training
-    if sampling.min_samples > sampling.k:
-        yield "sampling.min_samples", f"must be <= sampling.k = {sampling.k}, got {sampling.min_samples}"
-    yield from _contradictions_at_scale(config)
-    micro = training.micro_batch_size
-    if micro is not None and training.batch_size % micro:
-        yield "training.micro_batch_size", f"must divide training.batch_size = {training.batch_size}, got {micro}"
-    yield from _selection_contradictions(config)
-    kinds = [config.feedback, *config.also]
-    for index, feedback in enumerate(kinds):
-        if feedback.kind == "heldout_loss" and feedback.metric == "accuracy":
-            path = "feedback" if index == 0 else f"also[{index - 1}]"
-            if feedback.format != "multiple_choice":
-                yield f"{path}.metric", f"accuracy needs format: multiple_choice, got {feedback.format}"
-            if feedback.direction is not Direction.MAXIMIZE:
-                yield f"{path}.direction", "accuracy is to be maximized, got minimize"
-
-
-def _contradictions_at_scale(config: StudyConfig) -> Iterator[tuple[str, str]]:
-    """Samples that race, or train in one pass, or are trained by several workers."""
-    sampling, training, fleet = config.sampling, config.training, config.fleet
-    racing = sampling.racing
-    if racing is not None:
-        if sampling.k == 1:
-            yield "sampling.racing", "needs sampling.k > 1: one sample has nobody to race with"
-        elif sampling.min_samples > (n := n_finishing(sampling.k, racing)):
-            message = f"must be <= {n}, the samples that sampling.racing leaves, got {sampling.min_samples}"
-            yield "sampling.min_samples", message
-        if racing.limit is not None and not hasattr(config.feedback, "limit"):
-            yield "sampling.racing.limit", f"feedback.kind: {config.feedback.kind} has no limit: remove it"
-        limit = getattr(config.feedback, "limit", None)
-        if racing.limit is not None and limit is not None and racing.limit >= limit:
-            yield "sampling.racing.limit", f"must be < feedback.limit = {limit}, or comparing saves nothing"
-    if training.method == "lora" and training.zero != ZeroConfig():
-        yield "training.zero", "is read by training.method: full, not by lora: remove it"
-    if training.method == "full" and config.selection.method in ("uniform", "logdet", "coreset"):
-        for key in ("rank", "alpha", "dropout", "target_modules"):
-            if getattr(training, key) != TrainingConfig.model_fields[key].default:
-                yield f"training.{key}", "is of an adapter, and nothing here trains one: remove it"
-    if training.fuse != "auto" and training.fuse > 1:
-        if training.method != "lora":
-            yield "training.fuse", f"only adapters train in one pass, not training.method: {training.method}; remove it"
-        if fleet.workers_per_group > 1:
-            yield "training.fuse", f"must be 1 with fleet.workers_per_group = {fleet.workers_per_group}"
-        if training.fuse > sampling.k:
-            yield "training.fuse", f"must be <= sampling.k = {sampling.k}, got {training.fuse}"
-    if fleet.workers_per_group > training.batch_size:
-        yield (
-            "fleet.workers_per_group",
-            f"must be <= training.batch_size = {training.batch_size}, got {fleet.workers_per_group}",
-        )
-
-
 def n_finishing(k: int, racing: RacingConfig | None) -> int:
     """Of k samples none of which fails, those that run to the end."""
     for _ in racing.at if racing else ():
@@ -447,105 +486,7 @@ def n_kept(n: int, keep: float) -> int:
     return math.ceil(keep * n - 1e-9)
 
 
-def _selection_contradictions(config: StudyConfig) -> Iterator[tuple[str, str]]:
-    selection = config.selection
-    compares = {"influence", "less", "tracin", "remove_harmful", "top_n", "indicators"}
-    if selection.method in compares and config.data.validation_fraction == 0 and selection.examples is None:
-        yield "data.validation_fraction", f"must be > 0 with selection.method: {selection.method}, got 0"
-    if selection.examples is not None and selection.method != "indicators":
-        yield "selection.examples", f"is read by selection.method: indicators, not by {selection.method}"
-    if selection.n_exact_rows is not None and selection.method not in compares - {"indicators"}:
-        yield "selection.n_exact_rows", f"{selection.method} scores no rows that could be predicted: remove it"
-    if selection.surrogate is not None and selection.method in ("uniform", "logdet", "coreset"):
-        yield "selection.surrogate", f"{selection.method} fine-tunes no model: remove it"
-    if config.mixture.replacement and selection.method in ("top_n", "logdet", "coreset"):
-        yield "mixture.replacement", f"must be false with selection.method: {selection.method}, which orders rows"
-    if len(set(selection.indicators)) < len(selection.indicators):
-        yield "selection.indicators", "each indicator stands at most once"
-
-
-MAY_CHANGE: tuple[str, ...] = (
-    "fleet",
-    "storage",
-    "keep_best",
-    "confirm",
-    "sampling.max_retries",
-    "search.n_trials",
-    "training.checkpoint_minutes",
-)
-"""What a resume may change: nothing here alters a ratio or a row, but for the rounding that comes with another
-`fleet.workers_per_group`. `search.n_trials` may only grow."""
-
-
 def slug(name: str) -> str:
     if not SLUG.fullmatch(name):
         raise ValueError(f"must be 1 to 64 letters, digits, '-' or '_', starting with a letter or digit, got {name!r}")
     return name
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
-    """Read a study file.
-
-    Args:
-        path: the YAML file.
-        overrides: `"search.n_trials=20"` and the like, as `--set` takes them; lists by index (`domains[0].name=a`).
-
-    Raises:
-        ConfigError: with every problem found: unknown keys (with a suggestion), wrong types, contradictions.
-    """
-    file = Path(path)
-    try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"{file}: no such study file; `duet init {file}` writes one to start from") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: cannot be read: {error}") from None
-    data, lines = parse(text, file.name)
-    for override in overrides:
-        set_value(data, override)
-    return config_from(data, folder=file.resolve().parent, file=file.name, lines=lines)
-
-
-def config_from(
-    data: Mapping[str, Any], *, folder: Path, file: str | None = None, lines: Mapping[str, int] | None = None
-) -> StudyConfig:
-    """Check a study given as plain data; `load_config` without the file. Raises `ConfigError` as it does."""
-    lines = lines or {}
-    problems = [
-        Problem(path=p, message=m, file=file, line=line_of(lines, p)) for p, m in [*later_keys(data), *secrets(data)]
-    ]
-    later = {p.path for p in problems}
-    try:
-        config = StudyConfig.model_validate(data)
-    except ValidationError as error:
-        for item in error.errors():
-            where, message = explain(item, data, StudyConfig, FEEDBACK_KINDS)
-            if where not in later:
-                problems.append(Problem(path=where, message=message, file=file, line=line_of(lines, where)))
-    else:
-        for where, message in _contradictions(config):
-            problems.append(Problem(path=where, message=message, file=file, line=line_of(lines, where)))
-    if problems:
-        raise ConfigError(sorted(problems, key=lambda p: (p.line or 0, p.path)))
-    return config.placed_in(folder)
-
-
-def differences(stored: StudyConfig, given: StudyConfig) -> list[str]:
-    """What in `given` forbids resuming `stored`: lines like `training.rank: 16 -> 32`; empty when it may resume."""
-    old, new = dict(leaves(stored.model_dump(mode="json"))), dict(leaves(given.model_dump(mode="json")))
-    found = []
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) == new.get(key):
-            continue
-        if key == "search.n_trials" and new[key] >= old[key]:
-            continue
-        if key != "search.n_trials" and any(key == m or key.startswith(m + ".") for m in MAY_CHANGE):
-            continue
-        found.append(f"{key}: {old.get(key)!r} -> {new.get(key)!r}")
-    return found
-
-
-def fingerprint(data: Any) -> str:
-    """A short SHA-256 over plain data: equal data, equal fingerprint, on any machine."""
-    text = json.dumps(data, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
