@@ -119,7 +119,8 @@ class Study:
                 store.update_study(
                     status=record.status if record else "new", resolved=record.resolved if record else {}
                 )
-                store.add_past_runs(list(found.new))
+                if store.add_past_runs(list(found.new)):
+                    store.set_posterior({})  # It did not know of them: the next run puts the trials in order anew.
                 return found
         finally:
             store.close()

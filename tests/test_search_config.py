@@ -156,6 +156,14 @@ CONTRADICTIONS: list[tuple[tuple[str, ...], str]] = [
     ),
     (
         (
+            "search.also={training.batch_size: {range: [8, 64]}}",
+            "search.optimize=both",
+            "training.micro_batch_size=8",
+        ),
+        "search.also.training.batch_size: has values that training.micro_batch_size = 8 does not divide: give choices",
+    ),
+    (
+        (
             "search.also={training.batch_size: {choices: [2, 8]}}",
             "search.optimize=both",
             "fleet.workers_per_group=4",

@@ -221,6 +221,8 @@ def _also_contradictions(config: StudyConfig, path: str, values: AlsoConfig) -> 
     micro = config.training.micro_batch_size
     if field == "batch_size" and micro is not None and any(int(value) % micro for value in ends):
         yield key, f"every value must be a multiple of training.micro_batch_size = {micro}"
+    elif field == "batch_size" and micro is not None and micro > 1 and values.choices is None:
+        yield key, f"has values that training.micro_batch_size = {micro} does not divide: give choices"
     if field == "batch_size" and min(map(int, ends)) < config.fleet.workers_per_group:
         yield key, f"every value must be >= fleet.workers_per_group = {config.fleet.workers_per_group}"
 

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from duet_ray.budget import n_samples, searched
+from duet_ray.budget import n_left, n_samples, searched
 from duet_ray.config import StudyConfig
 from duet_ray.execution.finalists import best_trials, finalists
 from duet_ray.files import write_json
@@ -110,6 +110,10 @@ def prune_adapters(config: StudyConfig, store: Store) -> None:
     model is gone by then, the best confirmation is kept in its place.
     """
     on_disk = store.kept_artifacts()  # Before the trials: a sample stored in between is not judged yet.
+    for key, path in list(on_disk.items()):
+        if not (config.study_folder / path).is_dir():  # A kill came between deleting it and saying so.
+            store.drop_artifact(*key)
+            del on_disk[key]
     trials = store.trials()
     values = {
         (t.number, s.spec.sample): config.direction.to_loss(s.value)
@@ -120,7 +124,12 @@ def prune_adapters(config: StudyConfig, store: Store) -> None:
     confirmed = {t.number - CONFIRM_FIRST for t in trials if CONFIRM_FIRST <= t.number < CONFIRM_ANYWHERE}
     likely = best_trials(trials, config, max(1, config.confirm.finalists))
     again = finalists(trials, store.ranking()[0], config)
+    whole = {t.number for t in searched(trials) if t.fidelity == 1}
     handed_over = confirmed | {t.number for t in (*again, *likely)}
+    if config.confirm.finalists == 0:  # No confirmation will replace the model of the one that is recommended.
+        ranking, ranked = store.ranking()
+        is_final = n_left(trials, config) == 0 and ranked == {t.number for t in searched(trials) if t.observation}
+        handed_over |= set(ranking[:1]) if is_final else whole
     keep = set()
     for trial in trials:
         if trial.observation is not None and (trial.number in handed_over or trial.number >= CONFIRM_ANYWHERE):
@@ -129,7 +138,6 @@ def prune_adapters(config: StudyConfig, store: Store) -> None:
         if not any(key[0] == number and key in keep for key in on_disk):
             of_confirmation = [key for key in on_disk if key[0] == CONFIRM_FIRST + number and key in values]
             keep |= set(sorted(of_confirmation, key=lambda k: (values[k], k))[:1])
-    whole = {t.number for t in searched(trials) if t.fidelity == 1}
     candidates = sorted((k for k in on_disk if k[0] in whole and k in values), key=lambda k: (values[k], k))
     keep |= set(candidates[: config.keep_best])
     judged = {t.number for t in trials if t.status != "pending"}

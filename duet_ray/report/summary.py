@@ -258,14 +258,16 @@ def recommended_trial(summary: StudySummary) -> Trial | None:
     Without a posterior (yet), the best observed one.
     """
     by_number = {t.number: t for t in observed(summary)}
-    if (first := next((by_number[n] for n in summary.ranking if n in by_number), None)) is not None:
+    is_stale = max(by_number, default=-1) > max(summary.posterior, default=-1)  # Stored at a pause, and trials since.
+    first = next((by_number[n] for n in summary.ranking if n in by_number), None)
+    if first is not None and not is_stale:
         return first
     candidates = that_keep(summary, [t for t in observed(summary) if is_whole(t)])
     if (traded := compromise_of(summary, candidates)) is not None:
         return traded
     best: Trial | None = None
     for trial in candidates:
-        if trial.number not in summary.posterior:
+        if is_stale or trial.number not in summary.posterior:
             continue
         mean = summary.posterior[trial.number][0]
         if best is None or summary.direction.better(mean, summary.posterior[best.number][0]):

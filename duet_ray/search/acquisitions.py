@@ -109,17 +109,21 @@ class KnowledgeGradient(AcquisitionFunction):
         posterior_transform: PosteriorTransform | None = None,
         pending: torch.Tensor | None = None,
     ) -> None:
+        """
+        Args:
+            observed: `(n_observed, n_features)`, whole trials; what is pending among them.
+            pending: `(n_pending, n_features)`, at their own fidelity.
+        """
         super().__init__(model=believing(model, pending))
-        self.observed = observed if pending is None else torch.cat([observed, pending])
         self.posterior_transform = posterior_transform
         nodes, weights = np.polynomial.hermite_e.hermegauss(_QUADRATURE)
         self.nodes = torch.tensor(nodes, dtype=observed.dtype)
         self.weights = torch.tensor(weights / math.sqrt(2 * math.pi), dtype=observed.dtype)
         self.noise = float(_noise_of(model).mean())
         with torch.no_grad():
-            means = _posterior(self.model, self.observed, posterior_transform).mean.reshape(-1)
+            means = _posterior(self.model, observed, posterior_transform).mean.reshape(-1)
         best = means.argsort(descending=True, stable=True)[:_RIVALS]
-        self.observed, self.best = self.observed[best], means.max()
+        self.observed, self.best = observed[best], means.max()
 
     @t_batch_mode_transform(expected_q=1)  # type: ignore[arg-type]
     def forward(self, X: torch.Tensor) -> torch.Tensor:
@@ -218,7 +222,8 @@ def _improving_inputs(
 ) -> dict[str, Any]:
     """
     Args:
-        whole: `(n_observed, n_features)` what was observed, at the fidelity of whole trials.
+        whole: `(n_observed, n_features)` what was observed (for the knowledge gradient also what is pending), at the
+            fidelity of whole trials.
     """
     return {"model": model, "observed": whole, "posterior_transform": posterior_transform, "pending": X_pending}
 

@@ -208,14 +208,26 @@ class PointSpace:
         snapped = [self.encode_settings(self.decode_settings(row)) for row in features]
         return np.array(snapped, dtype=np.float64).reshape(features.shape)
 
-    def start_settings(self, trial: int, seed: int) -> Settings:
-        """The settings of a trial of the start design: scrambled Sobol draws, each keyed on the trial's number."""
+    def start_settings(self, trial: int, seed: int, first: Settings = ()) -> Settings:
+        """The settings of a trial of the start design: scrambled Sobol draws, in the order of the trials.
+
+        Where the ratio is always the same, no draw is taken twice, nor `first`, as long as there are others.
+
+        Args:
+            trial: the first, 0, has `first` instead.
+            first: the study's own.
+        """
         if not self.knobs:
             return ()
         import torch
 
+        n_draws = trial if self.free else 16 * trial + _LISTED
         sobol = torch.quasirandom.SobolEngine(self.n_settings, scramble=True, seed=seed)
-        return self.decode_settings(sobol.fast_forward(trial).draw(1, dtype=torch.float64).numpy()[0])
+        drawn = [self.decode_settings(row) for row in sobol.draw(n_draws + 1, dtype=torch.float64).numpy()]
+        if self.free:
+            return drawn[trial]
+        distinct = list(dict.fromkeys([first, *drawn[1:]]))
+        return distinct[trial] if trial < len(distinct) else drawn[trial]
 
     def all_settings(self) -> list[Settings] | None:
         """Every combination of settings, or None where they are too many to list."""

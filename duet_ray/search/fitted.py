@@ -97,11 +97,6 @@ class Fitted:
         mean, sd = leave_one_out(kernel, losses - prior, noise)
         return self.scale.mean + self.scale.spread * (mean + prior), self.scale.spread * sd
 
-    def covariance_between(self, points: Sequence[Point]) -> np.ndarray:
-        """Posterior covariance `(n_points, n_points)` of noiseless losses."""
-        covariance = self._posterior(self.space.encode(points, self.own), diagonal=False)[1]
-        return self.scale.spread * (self.scale.spread * covariance)
-
     def _mean_and_sd(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         mean, variance = self._posterior(features, diagonal=True)
         return self.scale.mean + self.scale.spread * mean, self.scale.spread * np.sqrt(variance)
@@ -169,6 +164,8 @@ def best_fidelity(proposer: "Proposer", point: Point, told: Sequence[Told], n_be
     gained = np.sqrt(max(whole, 0.0)) - np.sqrt(np.maximum(whole - lowered, 0.0))
     worth = gained / np.array(proposer.points.fidelities) ** (COST_POWER_DECAY**n_before)
     worth[[choice in tried for choice in choices]] = -1.0
+    if worth.max() < 0:
+        return 1.0  # A second look, where the search wants one, is at the whole.
     return float(proposer.points.fidelities[int(np.argmax(worth))])
 
 

@@ -226,7 +226,7 @@ def insight(
     """
     if not told:
         raise FeedbackError("there is nothing to learn from yet: no trial has a value")
-    proposer._check(told, [])
+    proposer.check(told, [])
     if recommended is None:
         from duet_ray.search.recommend import recommend
 

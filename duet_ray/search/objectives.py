@@ -65,11 +65,6 @@ class Targets:
         )
 
     @property
-    def is_plain(self) -> bool:
-        """Whether `Told.loss` is all there is to it."""
-        return not self.front and not self.limits
-
-    @property
     def metrics(self) -> tuple[str, ...]:
         """The losses beside `Told.loss` that must be modelled."""
         return tuple(dict.fromkeys([*self.front, *(limit.metric for limit in self.limits)]))

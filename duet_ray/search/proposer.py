@@ -133,7 +133,7 @@ class Proposer:
             RatioError: a point told or pending lies outside the space.
         """
         started = time.perf_counter()
-        self._check(told, pending)
+        self.check(told, pending)
         if trial < self.settings.n_start_trials or not told:
             return replace(self._start(trial), seconds=time.perf_counter() - started)
         method = f"bayesian:{self.settings.acquisition}"
@@ -183,7 +183,7 @@ class Proposer:
         elif trial == 0:
             kind = "uniform" if self.prior is None else "prior"
         draws = child_seed(self.seed, "settings")
-        settings = self.own if trial == 0 else self.points.start_settings(trial, draws)
+        settings = self.own if trial == 0 else self.points.start_settings(trial, draws, self.own)
         return Proposal(
             ratio=ratio,
             settings=settings,
@@ -217,7 +217,8 @@ class Proposer:
         noise = noise_by_k(told, law, model.noise_sd)
         return n_samples((chosen.mean, chosen.sd), min(whole) if whole else None, self.k_bounds, noise)
 
-    def _check(self, told: Sequence[Told], pending: Sequence[Point]) -> None:
+    def check(self, told: Sequence[Told], pending: Sequence[Point]) -> None:
+        """Raise what `propose` raises for things that cannot be told."""
         for one in told:
             if not math.isfinite(one.loss):
                 raise FeedbackError(f"only finite losses can be told to the search, got {one.loss}")

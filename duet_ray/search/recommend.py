@@ -60,7 +60,7 @@ def standings(proposer: "Proposer", told: Sequence[Told]) -> list[Standing]:
     """
     from duet_ray.search.objectives import compromise
 
-    proposer._check(told, [])
+    proposer.check(told, [])
     if len(told) < FEWEST or proposer.points.is_single:
         return [
             Standing(

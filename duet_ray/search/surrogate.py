@@ -79,8 +79,8 @@ def next_point(
     # Noise by the law is known on average only, and a search that believes it looks at its best again and again.
     known = may_repeat or (settings.noise != "theory" and all(one.sem is not None for one in told))
     # What was only looked at cheaply may still be trained whole; `best_fidelity` takes no look twice.
-    cheap = space.fidelities[:-1]
-    avoid = [] if known else [*(one.point for one in told if one.fidelity not in cheap), *pending]
+    looked = [one.point for one in told if one.fidelity == 1 or not space.has_fidelities]
+    avoid = [] if known else [*looked, *pending]
     filled = [replace(point, settings=point.settings or tuple(missing)) for point in avoid]
     options = SimplexOptions(space=space, seed=seed, avoid=frozenset(replace(p, fidelity=1.0) for p in filled))
     with quiet(), one_thread(), torch.random.fork_rng(devices=[]):
@@ -93,7 +93,8 @@ def next_point(
             options=options,
             recipe=Recipe.of(space, kernel),
             targets=targets,
-            whole=_whole(space, told, missing),
+            whole=_whole(space, [one.point for one in told], missing),
+            pending=_whole(space, pending, missing),
         )
         run = adapter.gen(n=1, pending_observations=extract_pending_observations(experiment))
         point = _point_of(run.arms[0], space)
@@ -169,8 +170,13 @@ def fit(
     recipe: Recipe,
     targets: Targets,
     whole: torch.Tensor,
+    pending: torch.Tensor,
 ) -> TorchAdapter:
-    """Fit the Gaussian process to an experiment, and prepare the acquisition."""
+    """Fit the Gaussian process to an experiment, and prepare the acquisition.
+
+    Args:
+        whole: `(n_distinct, n_features)` what was told, as whole trials; `pending`: what is pending, likewise.
+    """
     config = ModelConfig(
         botorch_model_class=MixtureGP,
         model_options={"recipe": recipe},
@@ -179,7 +185,7 @@ def fit(
         outcome_transform_classes=None,
     )
     n_traded = len(_front(dict.fromkeys(experiment.metrics)))
-    acquisition_class, acquisition_options = _acquisition(settings, targets, whole, n_traded)
+    acquisition_class, acquisition_options = _acquisition(settings, targets, recipe, whole, pending, n_traded)
     adapter = Generators.BOTORCH_MODULAR(
         experiment=experiment,
         data=experiment.lookup_data(),
@@ -276,12 +282,14 @@ def _search_space(space: PointSpace) -> SearchSpace:
 
 
 def _acquisition(
-    settings: SearchConfig, targets: Targets, whole: torch.Tensor, n_traded: int
+    settings: SearchConfig, targets: Targets, recipe: Recipe, whole: torch.Tensor, pending: torch.Tensor, n_traded: int
 ) -> tuple[type, dict[str, Any]]:
     if n_traded > 1:
         return qLogNoisyExpectedHypervolumeImprovement, {}
     if targets.limits or targets.front or settings.acquisition == "qlognei":
-        return qLogNoisyExpectedImprovement, {}
+        # What Ax would compare with has the losses of cheap trials in it, which no whole trial may ever reach.
+        as_whole = {"X_baseline": whole, "X_pending": pending if len(pending) else None}
+        return qLogNoisyExpectedImprovement, as_whole if recipe.has_fidelity else {}
     if settings.acquisition == "lcb":
         return LowerConfidenceBound, {
             "factor": settings.beta,
@@ -291,13 +299,15 @@ def _acquisition(
         }
     if settings.acquisition == "thompson":
         return ThompsonDraw, {}
-    return {"ei": ExpectedImprovement, "kg": KnowledgeGradient}[settings.acquisition], {"whole": whole}
+    if settings.acquisition == "kg":
+        return KnowledgeGradient, {"whole": torch.cat([whole, pending])}  # a pending point may be recommended, too
+    return ExpectedImprovement, {"whole": whole}
 
 
-def _whole(space: PointSpace, told: Sequence[Told], missing: Sequence[tuple[str, Any]]) -> torch.Tensor:
-    """The distinct points told, as whole trials: `(n_distinct, n_features)`."""
-    points = [replace(one.point, fidelity=1.0) for one in told]
-    return torch.from_numpy(np.unique(space.encode(points, tuple(missing)), axis=0))
+def _whole(space: PointSpace, points: Sequence[Point], missing: Sequence[tuple[str, Any]]) -> torch.Tensor:
+    """The distinct ones of points, as whole trials: `(n_distinct, n_features)`."""
+    whole = [replace(point, fidelity=1.0) for point in points]
+    return torch.from_numpy(np.unique(space.encode(whole, tuple(missing)), axis=0))
 
 
 def _point_of(arm: Arm, space: PointSpace) -> Point:

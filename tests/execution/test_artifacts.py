@@ -1,5 +1,6 @@
 """Which models stay on disk."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,27 @@ def test_a_finalist_of_the_model_stays_though_others_were_luckier(tmp_path: Path
             add(store, config, number, value, counts=number)
         store.set_posterior(dict.fromkeys(range(3), (1.0, 0.1)), [1, 2, 0])
         assert kept(store, config) == {(0, 0), (1, 0), (2, 0)}
+
+
+def test_without_confirmations_all_whole_models_stay_until_the_recommended_one_is_known(tmp_path: Path) -> None:
+    config = study(tmp_path, keep_best=1, confirm__finalists=0, search__n_start=3, search__n_trials=0)
+    with Store(config.study_folder, create=True).writing() as store:
+        for number, value in enumerate([5.0, 1.0, 3.0]):
+            add(store, config, number, value, counts=number)
+        assert kept(store, config) == {(0, 0), (1, 0), (2, 0)}
+        store.set_posterior(dict.fromkeys(range(3), (1.0, 0.1)), [2, 1, 0])
+        assert kept(store, config) == {(0, 0), (1, 0), (2, 0)}, "uniform, luckiest, recommended"
+        store.set_posterior(dict.fromkeys(range(3), (1.0, 0.1)), [1, 2, 0])
+        assert kept(store, config) == {(0, 0), (1, 0)}
+
+
+def test_a_model_whose_deletion_was_cut_off_is_not_taken_to_be_there(tmp_path: Path) -> None:
+    config = study(tmp_path, keep_best=1)
+    with Store(config.study_folder, create=True).writing() as store:
+        add(store, config, 0, 5.0, counts=8)
+        add(store, config, 1, 1.0, counts=9)
+        shutil.rmtree(config.study_folder / store.kept_artifacts()[1, 0])
+        assert kept(store, config) == {(0, 0)}
 
 
 def test_cheap_models_are_not_handed_over(tmp_path: Path) -> None:

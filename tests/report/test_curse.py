@@ -53,6 +53,12 @@ def test_without_a_posterior_the_best_observation_is_recommended() -> None:
     assert recommended_trial(summary) is best_trial(summary)
 
 
+def test_an_order_from_before_a_pause_does_not_hide_what_came_after() -> None:
+    ordered = {"posterior": {0: (2.4, 0.1), 1: (2.2, 0.1)}, "ranking": (0, 1)}
+    assert recommended_trial(replace(study([[2.5], [2.0]]), **ordered)).number == 0
+    assert recommended_trial(replace(study([[2.5], [2.0], [1.0]]), **ordered)).number == 2
+
+
 def test_too_good_by_and_its_interval_by_hand() -> None:
     # observed 2.2; fresh 2.4, 2.5, 2.6: mean 2.5, s = 0.1, error 0.1 / √3; t of 2 degrees at 97.5 % is 4.303
     summary = study([[2.5], [2.4], [2.2]], confirm={2: [2.4, 2.5, 2.6], 0: [2.7, 2.7, 2.8]})

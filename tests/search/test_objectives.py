@@ -87,8 +87,7 @@ def test_requirements_become_bounds_on_losses():
     ]
     assert targets.front == ("gain", "harm")
     assert targets.metrics == ("gain", "harm")
-    assert not targets.is_plain
-    assert Targets().is_plain
+    assert Targets() == Targets(front=(), limits=())
 
 
 @pytest.mark.parametrize(

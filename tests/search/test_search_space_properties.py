@@ -218,6 +218,21 @@ def test_one_domain_leaves_the_settings(optimize, acquisition):
     assert len({one.settings for one in data}) == 5
 
 
+@pytest.mark.parametrize("domains", [1, 3])
+def test_with_one_ratio_the_start_design_repeats_no_settings(domains):
+    also = {
+        "training.rank": AlsoConfig(choices=[8, 16, 32]),
+        "training.schedule": AlsoConfig(choices=["cosine", "linear"]),
+    }
+    asked = SearchConfig(also=also, optimize="model", n_start=8)
+    own = (("training.rank", 16), ("training.schedule", "linear"))
+    proposer = Proposer(space(domains, 12), asked, 0, own=own)
+    tried = [proposer.propose(trial, [], []).settings for trial in range(8)]
+    assert tried[0] == own
+    assert len(set(tried[:6])) == 6, "all there are"
+    assert set(tried[6:]) <= set(tried[:6])
+
+
 # With fidelities -----------------------------------------------------------------------------------------------------
 
 
@@ -250,3 +265,36 @@ def test_a_point_seen_cheaply_may_be_trained_whole():
     assert Point(ratio=ratio, settings=proposal.settings, fidelity=proposal.fidelity) not in {o.point for o in data}
     pending = [replace(data[-4].point, fidelity=0.25)]
     assert proposer.propose(500, data, pending).settings != pending[0].settings
+
+
+def test_a_point_that_only_a_cheaper_run_from_before_had_may_be_trained_whole():
+    asked = SearchConfig(kernel="se", beta=0.0, fidelity=FidelityConfig(rows=[0.25]))
+    proposer = Proposer(space(2, 10), asked, 0)
+
+    def one(count: int, fidelity: float) -> Told:
+        loss = (count - 6) ** 2 / 36 + 0.1 * (fidelity < 1)
+        return Told(ratio=Ratio(counts=(count, 10 - count)), fidelity=fidelity, loss=loss)
+
+    data = [*(one(count, 1.0) for count in (0, 5, 10)), *(one(count, 0.1) for count in (0, 2, 4, 5, 6, 8, 10))]
+    assert proposer.propose(500, data, []).ratio.counts == (6, 4)
+
+
+@pytest.mark.parametrize("seed", [2, 3])
+@pytest.mark.parametrize("acquisition", ["qlognei", "kg"])
+def test_it_does_not_matter_whether_cheap_trials_are_better_or_worse_throughout(acquisition, seed):
+    """Whole trials are what is compared, also with what was looked at cheaply, or is being looked at."""
+    random = np.random.default_rng(seed)
+    whole, cheap = (random.choice(41, size, replace=False).tolist() for size in (5, 8))
+    asked = SearchConfig(kernel="se", acquisition=acquisition, fidelity=FidelityConfig(rows=[0.25]))
+    proposer = Proposer(space(2, 40), asked, 0)
+
+    def one(count: int, fidelity: float, off: float) -> Told:
+        loss = float(np.sin(count / 6 + seed)) + off
+        return Told(ratio=Ratio(counts=(count, 40 - count)), fidelity=fidelity, loss=loss, sem=0.1)
+
+    pending = [Point(ratio=Ratio(counts=(26, 14)), fidelity=0.25)]
+    better, worse = (
+        proposer.propose(100, [*(one(c, 1.0, 0) for c in whole), *(one(c, 0.25, off) for c in cheap)], pending).ratio
+        for off in (-2, 2)
+    )
+    assert better == worse
