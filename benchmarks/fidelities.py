@@ -186,7 +186,8 @@ def run(sizes: Sizes, arm: Arm, seed: int, checks: Sequence[float], *, own: bool
     sized = Proposer(space, settings.model_copy(update={"fidelity": FIDELITY, "n_start": n_start}), seed)
     proposer, starting = sized if looking else plain, plain if arm.looks == "none" else sized
     past_alone = np.nan if best_past is None else sizes.whole.gain(sizes.whole.true(best_past.values[order]))
-    spent, trial, gains = 0.0, 0, []
+    spent, trial = 0.0, 0
+    gains: list[float] = []
     n_whole = n_cheap = 0
     while True:
         if trial == 0:
