@@ -13,7 +13,7 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
-from duet_ray.budget import is_spent, n_samples
+from duet_ray.budget import is_spent, n_samples, searched
 from duet_ray.config import StudyConfig
 from duet_ray.errors import ResourceError
 from duet_ray.execution.trial import as_config
@@ -58,7 +58,7 @@ class StudySearcher(Searcher):
     def suggest(self, trial_id: str) -> dict[str, Any] | Any:
         """The next trial as a Tune config; None when it must wait for another; FINISHED when all are under way."""
         with self._lock, self._remembering():
-            trials = {t.number: t for t in self._store.trials() if t.kind in ("start", "search")}
+            trials = {t.number: t for t in searched(self._store.trials())}
             number = self._next(trials)
             if self._is_ending() or number is None:
                 return Searcher.FINISHED

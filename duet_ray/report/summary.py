@@ -13,6 +13,7 @@ from datetime import datetime
 from typing import Literal
 
 from duet_ray.budget import cheapest, spent
+from duet_ray.budget import searched as searched_trials
 from duet_ray.config import StudyConfig
 from duet_ray.records import CONFIRM_ANYWHERE, CONFIRM_BASE, Direction, PastRun, SampleResult, Trial
 from duet_ray.report.objectives import gives_up_least, judged, metric_values, objective_of
@@ -132,7 +133,7 @@ StudyState = Literal["empty", "base_only", "failed", "running", "finished"]
 
 def searched(summary: StudySummary) -> tuple[Trial, ...]:
     """The trials of the start design and of the search, without base and confirmations."""
-    return tuple(t for t in summary.trials if t.kind in ("start", "search"))
+    return tuple(searched_trials(summary.trials))
 
 
 def confirmations(summary: StudySummary) -> tuple[Trial, ...]:

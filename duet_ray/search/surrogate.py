@@ -82,7 +82,7 @@ def next_point(
     looked = [one.point for one in told if one.fidelity == 1 or not space.has_fidelities]
     avoid = [] if known else [*looked, *pending]
     filled = [replace(point, settings=point.settings or tuple(missing)) for point in avoid]
-    options = SimplexOptions(space=space, seed=seed, avoid=frozenset(replace(p, fidelity=1.0) for p in filled))
+    options = SimplexOptions(space=space, seed=seed, avoid=frozenset(filled))
     with quiet(), one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         table = outcomes(told, targets)
