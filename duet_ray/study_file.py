@@ -15,7 +15,6 @@ from duet_ray.errors import ConfigError, Problem
 
 LATER: Mapping[str, str] = {
     "search.asynchronous": "asynchronous search is not built yet: use `concurrent_trials`",
-    "store": "only SQLite in the study's folder is built yet: remove `store`",
 }
 """Keys of later versions: refused with a reason, so that nobody thinks they had an effect."""
 

@@ -16,6 +16,8 @@ from duet_ray.study_file import either, explain, later_keys, leaves, line_of, pa
 MAY_CHANGE: tuple[str, ...] = (
     "fleet",
     "storage",
+    "store",
+    "artifacts",
     "keep_best",
     "confirm",
     "sampling.max_retries",

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import parse_qsl, urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
@@ -364,6 +365,9 @@ FEEDBACK_KINDS: Mapping[str, type[FeedbackBase]] = {
 
 class FleetConfig(Section):
     groups: int = Field(1, ge=1, description="samples trained at the same time")
+    min_groups: int | None = Field(
+        None, ge=1, description="start with room for so many; the others join with their nodes; null = all of them"
+    )
     workers_per_group: int = Field(1, ge=1, description="processes that train one sample together")
     gpus_per_worker: float = Field(0, ge=0)
     cpus_per_worker: float = Field(1, gt=0, description="also the threads of a worker")
@@ -372,6 +376,12 @@ class FleetConfig(Section):
         gt=0,
         description="a task that takes longer hangs, and is given away; null = a day, or 10 × the longest so far",
     )
+    wait_minutes: float = Field(5.0, ge=0, description="on a cluster: how long to wait for its nodes at the start")
+
+    @property
+    def groups_at_start(self) -> int:
+        """Groups that there must be room for before the study starts."""
+        return self.groups if self.min_groups is None else self.min_groups
 
 
 class ConfirmConfig(Section):
@@ -397,7 +407,14 @@ class StudyConfig(Section):
     also: list[AnyFeedback] = Field(default_factory=list, description="measured beside the feedback, shown, never told")
     fleet: FleetConfig = FleetConfig()
     confirm: ConfirmConfig = ConfirmConfig()
-    storage: str = "./studies"
+    storage: str = Field("./studies", description="folder of studies; on a cluster one that every node sees")
+    store: str | None = Field(
+        None,
+        description="postgresql+psycopg://user@host/database, or sqlite:////file; null = SQLite in the study's folder",
+    )
+    artifacts: str | None = Field(
+        None, description="fsspec URL (s3://bucket/folder) for models and results; null = the study's folder"
+    )
     keep_best: int = Field(3, ge=1, description="models kept on disk")
 
     _folder: Path = PrivateAttr(default_factory=Path.cwd)
@@ -406,6 +423,16 @@ class StudyConfig(Section):
     @classmethod
     def _slug(cls, name: str) -> str:
         return slug(name)
+
+    @field_validator("store")
+    @classmethod
+    def _sound_store(cls, url: str | None) -> str | None:
+        return None if url is None else store_url(url)
+
+    @field_validator("artifacts")
+    @classmethod
+    def _sound_artifacts(cls, url: str | None) -> str | None:
+        return None if url is None else artifacts_url(url)
 
     @field_validator("domains")
     @classmethod
@@ -490,3 +517,34 @@ def slug(name: str) -> str:
     if not SLUG.fullmatch(name):
         raise ValueError(f"must be 1 to 64 letters, digits, '-' or '_', starting with a letter or digit, got {name!r}")
     return name
+
+
+def store_url(url: str) -> str:
+    """A database's URL, without a password: that comes from the environment, or from the database's own file."""
+    parts = urlsplit(url)
+    if parts.scheme == "sqlite":
+        if not url.startswith("sqlite:////") or len(parts.path) < 3:
+            raise ValueError(f"must name a file by its whole path, sqlite:////folder/study.db, got {url!r}")
+    elif parts.scheme != "postgresql+psycopg":
+        raise ValueError(f"must start with postgresql+psycopg:// or sqlite:////, got {_without_password(url)!r}")
+    elif len(parts.path) < 2 or parts.fragment:
+        raise ValueError(f"must be postgresql+psycopg://user@host:port/database, got {_without_password(url)!r}")
+    if parts.password is not None or "password" in dict(parse_qsl(parts.query)):
+        raise ValueError("take the password out of the URL, and set PGPASSWORD or write it into ~/.pgpass (mode 0600)")
+    return url
+
+
+def artifacts_url(url: str) -> str:
+    """An fsspec URL, without credentials: these come from the environment."""
+    parts = urlsplit(url)
+    if not re.fullmatch(r"[a-z][a-z0-9+.-]*", parts.scheme) or "://" not in url:
+        raise ValueError(f"must be a URL such as s3://bucket/folder, got {_without_password(url)!r}")
+    if parts.password is not None:
+        raise ValueError("take the password out of the URL, and set it in the environment as its storage wants it")
+    if ".." in parts.path.split("/") or not parts.netloc + parts.path.strip("/"):
+        raise ValueError(f"must name a place of its own without '..', got {_without_password(url)!r}")
+    return url.rstrip("/")
+
+
+def _without_password(url: str) -> str:
+    return re.sub(r":[^:/@]*@", ":…@", url)
