@@ -1,13 +1,11 @@
 """Puts the verbs together, and turns a `DuetError` into a message and an exit code."""
 
 import logging
-import sys
 
 import typer
 
 from duet_ray.cli import export, import_runs, init, report, run, score, status, validate
-from duet_ray.cli.console import fail
-from duet_ray.errors import ConfigError, DuetError
+from duet_ray.cli.console import ending_with_a_code
 
 app = typer.Typer(
     name="duet",
@@ -21,16 +19,6 @@ for verb in (init, validate, import_runs, score, run, status, report, export):
 
 
 def main() -> None:
-    """Exit codes: 0 done, 1 a `DuetError`, 2 a wrong command line or study file, 130 paused."""
+    """What `duet` runs; its exit codes are those of `ending_with_a_code`."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    try:
-        app()
-    except ConfigError as error:
-        fail(str(error))
-        sys.exit(2)
-    except DuetError as error:
-        fail(str(error))
-        sys.exit(1)
-    except KeyboardInterrupt:
-        fail("interrupted")
-        sys.exit(130)
+    ending_with_a_code(app)

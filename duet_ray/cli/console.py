@@ -2,6 +2,8 @@
 
 import json
 import shlex
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +30,26 @@ def fail(message: str) -> None:
     err.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
 
 
+def ending_with_a_code(call: Callable[[], object]) -> None:
+    """Call it, and turn what it raises into a message and an exit code.
+
+    0 done, 1 a `DuetError`, 2 a wrong command line or study file, 130 paused.
+    """
+    from duet_ray.errors import ConfigError, DuetError
+
+    try:
+        call()
+    except ConfigError as error:
+        fail(str(error))
+        sys.exit(2)
+    except DuetError as error:
+        fail(str(error))
+        sys.exit(1)
+    except KeyboardInterrupt:
+        fail("interrupted")
+        sys.exit(130)
+
+
 def say(message: str) -> None:
     """Print a line for people; to standard error, so that standard output stays for results."""
     err.print(escape(message), soft_wrap=True)
@@ -37,9 +59,14 @@ def print_json(data: Any) -> None:
     typer.echo(json.dumps(data, indent=2, ensure_ascii=False, default=str))
 
 
-def command_line(verb: str, study: Path, overrides: list[str] | None) -> str:
+def command_line(verb: str, study: Path, overrides: Sequence[str] | None) -> str:
     """The command to type next, quoted for a shell."""
-    return shlex.join(["duet", verb, str(study), *(part for text in overrides or [] for part in ("--set", text))])
+    return shlex.join(["duet", verb, str(study), *set_options(overrides or [])])
+
+
+def set_options(overrides: Sequence[str]) -> list[str]:
+    """Overrides as a command line has them."""
+    return [part for text in overrides for part in ("--set", text)]
 
 
 def open_study(place: Path, overrides: list[str] | None = None) -> "Study":

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Collection
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -12,6 +12,9 @@ from duet_ray.cli.console import AsJson, Overrides, StudyFile, err, open_study, 
 from duet_ray.cli.live import LogWatcher, ScoreWatcher
 from duet_ray.execution.study_run import Paused
 
+if TYPE_CHECKING:
+    from duet_ray.study import Study
+
 
 def command(
     study: StudyFile,
@@ -20,14 +23,23 @@ def command(
     plain: Annotated[bool, typer.Option("--plain", help="Log lines instead of bars.")] = False,
 ) -> None:
     """Compute the row weights that a run will use. What is stored already is not computed again."""
-    opened = open_study(study, set_)
     live = err.is_terminal and not plain and not as_json
+    score(open_study(study, set_), live=live, as_json=as_json, again="give the same command again")
+
+
+def score(opened: "Study", *, live: bool, as_json: bool, again: str) -> None:
+    """Weigh the rows of an opened study and show what came of it; exits with 130 when it is paused.
+
+    Args:
+        live: bars instead of log lines.
+        again: what to do to go on after a pause.
+    """
     watcher = ScoreWatcher(opened.config) if live else LogWatcher(opened.config, with_trials=False)
     try:
         with watcher:
             ready = opened.score(watcher)
     except (Paused, KeyboardInterrupt):
-        say("paused; the rows measured so far are kept. To go on, give the same command again")
+        say(f"paused; the rows measured so far are kept. To go on, {again}")
         sys.exit(130)
     assert watcher.scoring is not None
     computed = set(watcher.scoring.domains)
