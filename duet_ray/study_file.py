@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel
 
 from duet_ray.errors import ConfigError, Problem
+from duet_ray.secret_text import looks_secret, names_secret
 
 LATER: Mapping[str, str] = {
     "search.asynchronous": "asynchronous search is not built yet: use `concurrent_trials`",
@@ -22,11 +23,6 @@ PLANNED: Mapping[str, Sequence[str]] = {
     "feedback.kind": ("deferred",),
 }
 """Values of later versions, by key."""
-
-_SECRET = re.compile(
-    r"(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[0-9A-Z]{16}"
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY)"
-)
 
 
 def parse(text: str, file: str) -> tuple[dict[str, Any], dict[str, int]]:
@@ -198,8 +194,10 @@ def later_keys(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def secrets(data: Any) -> Iterator[tuple[str, str]]:
+    """Values that look like secrets, or whose key says that they are: (path, what to do instead)."""
     for path, value in leaves(data):
-        if isinstance(value, str) and _SECRET.search(value):
+        key = re.split(r"[.\[]", path)[-1]
+        if isinstance(value, str) and value and (looks_secret(value) or names_secret(key)):
             yield path, "looks like a secret; take it out and set it in the environment (HF_TOKEN and the like)"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "duet_ray"
 
 FLOORS: list[set[str]] = [
-    {"errors", "files"},
+    {"errors", "files", "secret_text"},
     {"linear", "records", "requirements", "seeds", "study_file", "theory"},
     {"config"},
     {"budget", "domains", "likelihood", "mixture", "reduce", "store"},

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from duet_ray.config.contradictions import contradictions
 from duet_ray.config.sections import FEEDBACK_KINDS, StudyConfig
 from duet_ray.errors import ConfigError, Problem
+from duet_ray.secret_text import redact
 from duet_ray.study_file import either, explain, later_keys, leaves, line_of, parse, secrets, set_value
 
 MAY_CHANGE: tuple[str, ...] = (
@@ -56,9 +57,12 @@ def config_from(
 ) -> StudyConfig:
     """Check a study given as plain data; `load_config` without the file. Raises `ConfigError` as it does."""
     lines = lines or {}
-    problems = [
-        Problem(path=p, message=m, file=file, line=line_of(lines, p)) for p, m in [*later_keys(data), *secrets(data)]
-    ]
+
+    def problem(path: str, message: str) -> Problem:
+        # A mistake is shown with the value that was given, which may be a secret in the wrong place.
+        return Problem(path=path, message=redact(message), file=file, line=line_of(lines, path))
+
+    problems = [problem(where, message) for where, message in later_keys(data)]
     later = {p.path for p in problems}
     try:
         config = StudyConfig.model_validate(data)
@@ -68,10 +72,11 @@ def config_from(
             if problems and problems[-1].path == where and where not in later:
                 message = either(problems.pop().message, message)
             if where not in later:
-                problems.append(Problem(path=where, message=message, file=file, line=line_of(lines, where)))
+                problems.append(problem(where, message))
     else:
-        for where, message in contradictions(config):
-            problems.append(Problem(path=where, message=message, file=file, line=line_of(lines, where)))
+        problems += [problem(where, message) for where, message in contradictions(config)]
+    named = {p.path for p in problems}
+    problems += [problem(where, message) for where, message in secrets(data) if where not in named]
     if problems:
         raise ConfigError(sorted(problems, key=lambda p: (p.line or 0, p.path)))
     return config.placed_in(folder)
