@@ -1,11 +1,9 @@
 """Puts the verbs together, and turns a `DuetError` into a message and an exit code."""
 
-import logging
-
 import typer
 
 from duet_ray.cli import export, import_runs, init, report, run, score, status, validate
-from duet_ray.cli.console import ending_with_a_code
+from duet_ray.cli.console import ending_with_a_code, log_to_standard_error
 
 app = typer.Typer(
     name="duet",
@@ -20,5 +18,5 @@ for verb in (init, validate, import_runs, score, run, status, report, export):
 
 def main() -> None:
     """What `duet` runs; its exit codes are those of `ending_with_a_code`."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    log_to_standard_error()
     ending_with_a_code(app)

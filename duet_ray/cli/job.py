@@ -7,7 +7,6 @@ RAY_JOB_STOP_WAIT_TIME_S (3 seconds by default): that costs the samples in fligh
 """
 
 import json
-import logging
 import os
 import re
 import shlex
@@ -18,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from duet_ray.cli.console import ending_with_a_code, open_study, set_options
+from duet_ray.cli.console import ending_with_a_code, log_to_standard_error, open_study, set_options
 from duet_ray.config import StudyConfig
 from duet_ray.errors import ConfigError, Problem
 from duet_ray.study import Study
@@ -34,7 +33,7 @@ _SESSION = re.compile(r"session_\d{4}-\d\d-\d\d_.*")
 
 def main(command: Callable[..., None]) -> None:
     """Read the command line, call `command`, exit as `duet` does. SIGTERM pauses, as Ctrl-C does."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    log_to_standard_error()
     signal.signal(signal.SIGTERM, _interrupt)
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command)
