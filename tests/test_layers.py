@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "duet_ray"
 
 FLOORS: list[set[str]] = [
-    {"errors", "files", "secret_text"},
+    {"errors", "file_systems", "files", "processes", "secret_text"},
     {"linear", "records", "requirements", "seeds", "study_file", "theory"},
     {"config"},
     {"budget", "domains", "likelihood", "mixture", "reduce", "store"},
