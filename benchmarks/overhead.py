@@ -33,7 +33,7 @@ from memory import write_tiny
 
 from duet_ray.config import StudyConfig, load_config
 from duet_ray.execution.broker import InFlight
-from duet_ray.execution.fleet import ray_session
+from duet_ray.execution.ray_session import ray_session
 from duet_ray.execution.worker import Assignment
 from duet_ray.preflight import preflight
 from duet_ray.search import start_design

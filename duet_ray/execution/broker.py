@@ -159,6 +159,8 @@ class Broker:
         self._hung: list[Place] = []
         self._queue: deque[Task] = deque()
         self._leases: dict[str, _Lease] = {}
+        self._held: dict[int, dict[str, _Lease]] = {}
+        """Group → its leases in their order: looking through all of them for each of 1,000 groups takes too long."""
         self._retries: dict[str, int] = {}
         self._outcomes: dict[str, Outcome] = {}
         self._finished: list[Outcome] = []
@@ -215,7 +217,7 @@ class Broker:
         """Take silent groups, and those whose task takes too long, for lost; to be called now and then."""
         now = time.monotonic()
         for number, group in self._groups.items():
-            held = [lease for lease in self._leases.values() if lease.group == number]
+            held = self._held.get(number, {}).values()
             if any(now - heard > SILENCE_SECONDS for heard in group.heard.values()):
                 self._end_group(number, "its worker was silent, and is taken for dead")
             elif held and now - group.busy_since > (limit := max(self._limit(lease) for lease in held)):
@@ -234,9 +236,9 @@ class Broker:
 
         Tasks leased together are done in their order: the first was under way, and fails when its retries are used up.
         """
-        held = [lease for lease in self._leases.values() if lease.group == group]
+        held = list(self._held.get(group, {}).values())
         for lease in reversed(held[1:]):
-            del self._leases[lease.task.key]
+            self._let_go(lease)
             self._queue.appendleft(lease.task)
         if held:
             self._again(held[0], reason)
@@ -259,7 +261,8 @@ class Broker:
         leased = []
         for task in same:
             self._n_leases += 1
-            self._leases[task.key] = _Lease(task, self._n_leases, group, len(same), InFlight(task=task))
+            lease = _Lease(task, self._n_leases, group, len(same), InFlight(task=task))
+            self._leases[task.key] = self._held.setdefault(group, {})[task.key] = lease
             leased.append((task, self._n_leases))
         return "task", tuple(leased)
 
@@ -292,7 +295,8 @@ class Broker:
         """
         if not self._holds(key, number):
             return False
-        lease = self._leases.pop(key)
+        lease = self._leases[key]
+        self._let_go(lease)
         self._took(lease)
         self._end(Outcome(task=lease.task, status="done", result=dict(result), n_retries=self._retries.get(key, 0)))
         return True
@@ -327,6 +331,7 @@ class Broker:
         for task in [*(lease.task for lease in self._leases.values()), *self._queue]:
             self._end(Outcome(task=task, status="stopped", reason=trouble))
         self._leases.clear()
+        self._held.clear()
         self._queue.clear()
 
     def trouble(self) -> str | None:
@@ -363,6 +368,10 @@ class Broker:
     def _holds(self, key: str, number: int) -> bool:
         return key in self._leases and self._leases[key].number == number
 
+    def _let_go(self, lease: _Lease) -> None:
+        del self._leases[lease.task.key]
+        del self._held[lease.group][lease.task.key]
+
     def _verdict(self, group: int, incarnation: str) -> Literal["go on", "stop", "lost"]:
         """Whether this life of a group is to go on."""
         if self._closed:
@@ -393,7 +402,7 @@ class Broker:
 
     def _again(self, lease: _Lease, reason: str) -> None:
         key = lease.task.key
-        del self._leases[key]
+        self._let_go(lease)
         n_retries = self._retries.get(key, 0)
         if n_retries >= self._max_retries:
             retries = "retry" if n_retries == 1 else "retries"
@@ -409,9 +418,14 @@ class Broker:
 
 
 def start_broker(name: str, namespace: str, max_retries: int, max_seconds: float | None) -> Any:
-    """Start the broker's actor, and return its handle. Groups and trials find it by name."""
-    import ray
+    """Start the broker's actor, and return its handle. Groups and trials find it by name.
 
+    It is on the driver's node: what it knows is lost with the driver anyway, and with no other node.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # One thread: every call is short and sees a consistent state.
     actor = ray.remote(num_cpus=0)(Broker)
-    return actor.options(name=name, namespace=namespace).remote(max_retries, max_seconds)
+    return actor.options(name=name, namespace=namespace, scheduling_strategy=here).remote(max_retries, max_seconds)

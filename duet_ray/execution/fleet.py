@@ -4,21 +4,16 @@ Each group is a `TorchTrainer.fit()` in a thread of the driver. A worker killed 
 """
 
 import logging
-import os
-import secrets
 import shutil
-import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
 import psutil
 
 from duet_ray.config import StudyConfig
-from duet_ray.errors import ResourceError
 from duet_ray.execution.broker import Place
 from duet_ray.execution.group import group_loop
 from duet_ray.execution.worker import Assignment
@@ -27,77 +22,6 @@ log = logging.getLogger(__name__)
 
 MAX_GROUP_RESTARTS = 1000
 """Deaths of the infrastructure have a generous bound of their own: see also `sampling.max_retries` for one sample."""
-
-
-@contextmanager
-def ray_session(config: StudyConfig) -> Iterator[Any]:
-    """A Ray to run on: the one at `RAY_ADDRESS` or already connected, else a local one, stopped at the end."""
-    # Before ray is imported: workers stay in their folder, Tune prints nothing of its own, nothing is sent anywhere.
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    # A local Ray on a busy machine needs longer than the half minute that Ray gives it.
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
-    import ray
-
-    if ray.is_initialized():
-        check_resources(config, ray.cluster_resources())
-        yield ray
-        return
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-    with _own_sigterm():
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(address=os.environ["RAY_ADDRESS"], **quiet)
-        else:
-            # Ray turns token authentication on by itself; the token is this run's own and is written to no file.
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-            ray.init(address="local", include_dashboard=False, **quiet)
-    try:
-        check_resources(config, ray.cluster_resources())
-        yield ray
-    finally:
-        ray.shutdown()
-
-
-@contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Keep our SIGTERM handler: `ray.init` puts its own in its place, which would end the process without a pause."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-
-
-def check_resources(config: StudyConfig, have: dict[str, float]) -> None:
-    """Say at once when the fleet asks for more than there is.
-
-    Args:
-        have: as `ray.cluster_resources()` gives it.
-
-    Raises:
-        ResourceError: names need, have and the settings to change.
-    """
-    fleet = config.fleet
-    n_workers = fleet.groups * fleet.workers_per_group
-    problems = []
-    for resource, each, setting in (
-        ("GPU", fleet.gpus_per_worker, "gpus_per_worker"),
-        ("CPU", fleet.cpus_per_worker, "cpus_per_worker"),
-    ):
-        need, there = n_workers * each, have.get(resource, 0)
-        if need > there + 1e-9:
-            problems.append(
-                f"fleet: needs {need:g} {resource}s ({fleet.groups} groups × {fleet.workers_per_group} workers × "
-                f"{each:g}) and there are {there:g}; lower fleet.groups or fleet.{setting}"
-            )
-    if problems:
-        raise ResourceError("\n".join(problems))
 
 
 def end_process(place: Place) -> None:

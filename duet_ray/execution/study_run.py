@@ -8,13 +8,10 @@ import logging
 import shutil
 import threading
 import time
-import uuid
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from duet_ray.budget import n_left, n_samples, searched
 from duet_ray.config import StudyConfig
@@ -26,13 +23,12 @@ from duet_ray.execution.artifacts import (
     prune_adapters,
     sample_folder,
 )
-from duet_ray.execution.broker import InFlight, Outcome, Task, start_broker
+from duet_ray.execution.broker import InFlight, Outcome, Task
 from duet_ray.execution.finalists import store_order, to_confirm
-from duet_ray.execution.fleet import Fleet, end_process, ray_session
+from duet_ray.execution.platform import Platform, PlatformLost, RayPlatform
 from duet_ray.execution.trial import (
     TrialPlan,
     leave_failed_comparison,
-    run_trial,
     sample_result,
     sample_tasks,
     scoring_tasks,
@@ -47,7 +43,6 @@ from duet_ray.store import Store
 
 log = logging.getLogger(__name__)
 
-NAMESPACE = "duet_ray"
 PUMP_SECONDS = 0.2
 RENEW_SECONDS = 10.0
 
@@ -117,14 +112,14 @@ class StudyRun:
     watcher: Watcher = field(default_factory=SilentWatcher)
     on_weighed: Callable[[], None] = lambda: None
     """Called when domains have been weighed: there is more to say of them now."""
+    make_platform: Callable[[StudyConfig, Assignment, Callable[[str], None]], Platform] = RayPlatform
+    """Called with the study, the workers' assignment, and whom to tell what is waited for."""
 
     def __post_init__(self) -> None:
         self._stop, self._ending = threading.Event(), threading.Event()
         self._pump_lock = threading.Lock()
         self._n_pumped = 0
         self._n_measured: dict[int, int] = {}
-        self._broker: Any = None
-        self._broker_name = f"broker-{uuid.uuid4().hex[:12]}"
         self._next_renewal = 0.0
 
     def stop(self) -> None:
@@ -166,25 +161,10 @@ class StudyRun:
 
     @contextmanager
     def _on_the_fleet(self) -> Iterator[None]:
-        """Ray, the broker and the fleet, all stopped at the end."""
+        """The broker and the groups, all stopped at the end."""
         self.watcher.phase("starting Ray and the fleet")
-        with ExitStack() as stack:
-            ray = stack.enter_context(ray_session(self.config))
-            minutes = self.config.fleet.max_task_minutes
-            self._broker = start_broker(
-                self._broker_name,
-                NAMESPACE,
-                self.config.sampling.max_retries,
-                minutes * 60 if minutes is not None else None,
-            )
-            fleet = Fleet(self.config, self.assignment, broker_name=self._broker_name, namespace=NAMESPACE)
-            self._fleet = stack.enter_context(fleet)
-            stack.callback(self._close)
-            try:
-                yield
-            except ray.exceptions.RayError as error:
-                reason = str(error).strip().splitlines()[0]
-                raise ResourceError(f"Ray failed: {reason}; what finished is kept, the same command goes on") from error
+        with self.make_platform(self.config, self.assignment, self.watcher.phase) as self._platform:
+            yield
 
     # The three parts --------------------------------------------------------------------------------------------
 
@@ -244,8 +224,6 @@ class StudyRun:
         self.watcher.changed()
 
     def _search(self) -> None:
-        from ray import tune
-
         from duet_ray.execution.searcher import StudySearcher
 
         n_trials = self._n_to_search()
@@ -260,34 +238,15 @@ class StudyRun:
             before_reduce=self._pump,
             is_ending=self._ending.is_set,
         )
-        tuner = tune.Tuner(
-            # A sliver of the head node: no CPU that a group waits for, and no empty request, which Tune refuses.
-            tune.with_resources(
-                partial(run_trial, broker_name=self._broker_name, namespace=NAMESPACE, plan=self._plan),
-                {"node:__internal_head__": 0.001},
-            ),
-            tune_config=tune.TuneConfig(
-                search_alg=searcher,
-                num_samples=n_trials,
-                max_concurrent_trials=self.config.search.concurrent_trials,
-                reuse_actors=True,
-            ),
-            run_config=tune.RunConfig(
-                name="tune",
-                storage_path=str(self._scratch),
-                verbose=0,
-                failure_config=tune.FailureConfig(max_failures=self.config.sampling.max_retries),
-            ),
-        )
         errors: list[BaseException] = []
 
-        def fit() -> None:
+        def run_trials() -> None:
             try:
-                tuner.fit()
+                self._platform.run_trials(searcher, n_trials, self._plan)
             except BaseException as error:
                 errors.append(searcher.error or error)
 
-        thread = threading.Thread(target=fit, name="tune", daemon=True)
+        thread = threading.Thread(target=run_trials, name="trials", daemon=True)
         thread.start()
         with self._closing_on_trouble():
             while thread.is_alive():
@@ -348,9 +307,7 @@ class StudyRun:
     # Talking to the broker --------------------------------------------------------------------------------------
 
     def _submit(self, tasks: Sequence[Task]) -> None:
-        import ray
-
-        ray.get(self._broker.submit.remote(list(tasks)))
+        self._platform.ask("submit", list(tasks))
 
     def _do_all(self, ways: Sequence[Way]) -> list[str]:
         """Go several ways side by side, each a sequence of tasks to be done one after the other.
@@ -358,8 +315,6 @@ class StudyRun:
         Returns:
             What ended some of the ways before their end.
         """
-        import ray
-
         under_way: dict[int, tuple[Way, list[str]]] = {}
         errors: list[str] = []
 
@@ -380,7 +335,7 @@ class StudyRun:
                 self._pump()
                 self._check()
                 for index, (way, keys) in list(under_way.items()):
-                    if (outcomes := ray.get(self._broker.outcomes.remote(keys))) is not None:
+                    if (outcomes := self._platform.ask("outcomes", keys)) is not None:
                         self._pump()
                         self._check()
                         go_on(index, way, outcomes)
@@ -389,15 +344,13 @@ class StudyRun:
 
     def _pump(self) -> None:
         """Store what has finished, renew the lease, see that all is well."""
-        import ray
-
         with self._pump_lock:
-            pulse = ray.get(self._broker.pulse.remote(self._n_pumped, list(self._fleet.ended())))
+            pulse = self._platform.ask("pulse", self._n_pumped, list(self._platform.ended_groups()))
             for outcome in pulse.finished:
                 self._record(outcome)
                 self._n_pumped += 1
         for place in pulse.hung:
-            end_process(place)
+            self._platform.end(place)
         if time.monotonic() >= self._next_renewal:
             self._next_renewal = time.monotonic() + RENEW_SECONDS
             self.store.renew()
@@ -430,19 +383,17 @@ class StudyRun:
     @contextmanager
     def _closing_on_trouble(self) -> Iterator[None]:
         """While waiting: a stop, trouble or the loss of the last group ends the wait, and no new trial starts."""
-        import ray
-
         finished = threading.Event()
 
         def watch() -> None:
             while not finished.wait(PUMP_SECONDS):
-                with suppress(ray.exceptions.RayError):  # Who waits meets the same error, and raises it.
+                with suppress(PlatformLost):  # Who waits meets the same error, and raises it.
                     if self._stop.is_set():
-                        ray.get(self._broker.close.remote())
-                    elif self._fleet.is_gone:
-                        reasons = "; ".join(sorted(set(self._fleet.ended().values())))
-                        ray.get(self._broker.close.remote(f"no group of the fleet is left: {reasons}"))
-                    if self._stop.is_set() or ray.get(self._broker.trouble.remote()) is not None:
+                        self._platform.ask("close")
+                    elif self._platform.is_gone:
+                        reasons = "; ".join(sorted(set(self._platform.ended_groups().values())))
+                        self._platform.ask("close", f"no group of the fleet is left: {reasons}")
+                    if self._stop.is_set() or self._platform.ask("trouble") is not None:
                         self._ending.set()
 
         thread = threading.Thread(target=watch, name="watch", daemon=True)
@@ -458,19 +409,10 @@ class StudyRun:
 
     def _check(self) -> None:
         """Raise if the run cannot or must not go on."""
-        import ray
-
-        if (trouble := ray.get(self._broker.trouble.remote())) is not None:
+        if (trouble := self._platform.ask("trouble")) is not None:
             raise ResourceError(trouble)
         if self._stop.is_set():
             raise Paused(f"study {self.config.name} is paused")
-
-    def _close(self) -> None:
-        import ray
-
-        with suppress(ray.exceptions.RayError):  # Ray is gone already: there is nothing to close.
-            ray.get(self._broker.close.remote())
-        shutil.rmtree(self._scratch, ignore_errors=True)
 
     # The study's state ------------------------------------------------------------------------------------------
 
@@ -497,8 +439,3 @@ class StudyRun:
         fuse = self.config.training.fuse
         assert fuse != "auto", "it is resolved before the start"
         return TrialPlan(fuse=fuse, racing=self.config.sampling.racing, direction=self.config.direction)
-
-    @property
-    def _scratch(self) -> Path:
-        """Ray's own files: never read by a resume, deleted at the end."""
-        return self.config.study_folder / ".ray" / self._broker_name

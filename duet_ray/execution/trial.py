@@ -1,4 +1,4 @@
-"""The Tune trial: ask the broker for the k samples of one ratio, wait until they have ended. It trains nothing itself.
+"""A trial, as Ray Tune runs it: ask the broker for the k samples of one ratio, and wait until they have ended.
 
 The samples' results go from the broker to the driver, which stores them and reduces what it has stored: an observation
 can never disagree with the samples under it.
@@ -10,7 +10,7 @@ group was quicker, nor on an interruption.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -120,24 +120,32 @@ def _trial(config: Mapping[str, Any]) -> Trial:
     )
 
 
-def run_trial(config: Mapping[str, Any], *, broker_name: str, namespace: str, plan: TrialPlan) -> None:
-    """The function trainable of a Tune trial.
-
-    Args:
-        config: as `as_config` makes it.
-    """
+def run_in_tune(config: Mapping[str, Any], *, broker_name: str, namespace: str, plan: TrialPlan) -> None:
+    """`run_trial` as the function trainable of Ray Tune."""
     import ray
     from ray import tune
 
     broker = ray.get_actor(broker_name, namespace=namespace)
+    run_trial(config, lambda method, *arguments: ray.get(getattr(broker, method).remote(*arguments)), plan)
+    tune.report({"ended": 1})
+
+
+def run_trial(config: Mapping[str, Any], ask: Callable[..., Any], plan: TrialPlan) -> None:
+    """Have the samples of a trial made, and wait until they have ended.
+
+    Args:
+        config: as `as_config` makes it.
+        ask: calls a method of the broker.
+    """
     trial = _trial(config)
 
     def done(samples: Sequence[int], of: Sequence[int], until: float = 1.0) -> list[Outcome]:
         tasks = sample_tasks(trial, samples, of=of, fuse=plan.fuse, until=until)
-        ray.get(broker.submit.remote(tasks))
-        while (outcomes := ray.get(broker.outcomes.remote([task.key for task in tasks]))) is None:
+        ask("submit", tasks)
+        keys = [task.key for task in tasks]
+        while (outcomes := ask("outcomes", keys)) is None:
             time.sleep(POLL_SECONDS)
-        return outcomes
+        return list(outcomes)
 
     racing = list(range(config["k"]))
     compared: dict[int, list[Comparison]] = {sample: [] for sample in racing}
@@ -151,9 +159,8 @@ def run_trial(config: Mapping[str, Any], *, broker_name: str, namespace: str, pl
                 compared[outcome.task.spec.sample].append(_comparison(outcome))
             stopped, racing = judged(outcomes, compared, plan)
             for task, result in stopped:
-                ray.get(broker.settle.remote(task, result.to_json()))
+                ask("settle", task, result.to_json())
     done([sample for sample in config["missing"] if sample in racing], racing)
-    tune.report({"ended": 1})
 
 
 def judged(
