@@ -25,44 +25,101 @@ PLANNED: Mapping[str, Sequence[str]] = {
 """Values of later versions, by key."""
 
 
+MAX_CHARACTERS, MAX_VALUES, MAX_DEPTH, MAX_KEY = 250_000, 50_000, 32, 128
+"""Of a study file. Values, and ten times the characters, are counted where its anchors lead: a few lines of anchors
+can stand for billions of values."""
+
+
 def parse(text: str, file: str) -> tuple[dict[str, Any], dict[str, int]]:
-    """YAML text to plain data, and the line of every path in it."""
+    """YAML text to plain data, and the line of every path in it.
+
+    Raises:
+        ConfigError: it is no YAML, no mapping, has a key twice, or is far too large for a study file.
+    """
+    places = _Places(file)
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
+        data = _plain(text, places)
+    except _NotPlain as error:
+        raise ConfigError([Problem(path="", message=error.message, file=file, line=error.line)]) from None
+    if not isinstance(data, dict):
+        raise ConfigError([Problem(path="", message="a study file is a mapping of keys to values", file=file, line=1)])
+    return data, places.lines
+
+
+class _NotPlain(Exception):
+    def __init__(self, message: str, line: int | None = None) -> None:
+        super().__init__(message)
+        self.message, self.line = message, line
+
+
+def _plain(text: str, places: "_Places") -> Any:
+    """YAML text to plain data, after its places were collected: what is too large is never made into data."""
+    if len(text) > MAX_CHARACTERS:
+        raise _NotPlain(f"must have at most {MAX_CHARACTERS:,} characters, got {len(text):,}")
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        places.collect(node)
+        return loader.construct_document(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = mark.line + 1 if mark else None
         message = f"not valid YAML: {getattr(error, 'problem', None) or error}"
-        raise ConfigError([Problem(path="", message=message, file=file, line=line)]) from None
+        raise _NotPlain(message, mark.line + 1 if mark else None) from None
     except RecursionError:
-        raise ConfigError([Problem(path="", message="nested too deeply", file=file)]) from None
-    if not isinstance(data, dict) or not isinstance(node, yaml.MappingNode):
-        raise ConfigError([Problem(path="", message="a study file is a mapping of keys to values", file=file, line=1)])
-    lines: dict[str, int] = {}
-    twice: list[Problem] = []
-    _collect_lines(node, "", file, lines, twice)
-    if twice:
-        raise ConfigError(twice)
-    return data, lines
+        raise _NotPlain("nested too deeply") from None
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+        # What PyYAML says of a 13th month, of `!!int x`, of a number of thousands of digits.
+        raise _NotPlain(f"not readable: {type(error).__name__}: {error}") from None
 
 
-def _collect_lines(node: yaml.Node, path: str, file: str, lines: dict[str, int], twice: list[Problem]) -> None:
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key_node, value_node in node.value:
-            inner = f"{path}.{key_node.value}" if path else str(key_node.value)
-            line = key_node.start_mark.line + 1
-            if inner in seen:
-                twice.append(Problem(path=inner, message="stands twice; keep one", file=file, line=line))
-            seen.add(inner)
-            lines[inner] = line
-            _collect_lines(value_node, inner, file, lines, twice)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            inner = f"{path}[{index}]"
-            lines[inner] = item.start_mark.line + 1
-            _collect_lines(item, inner, file, lines, twice)
+class _Places:
+    """The line of every path of a file."""
+
+    def __init__(self, file: str) -> None:
+        self.lines: dict[str, int] = {}
+        self._file = file
+        self._twice: list[Problem] = []
+        self._n_characters = 0
+
+    def collect(self, node: yaml.Node) -> None:
+        """Walk the file.
+
+        Raises:
+            ConfigError: a key stands twice.
+            _NotPlain: it is too large or too deep, or has a key that is no word.
+        """
+        self._walk(node, "", 0)
+        if self._twice:
+            raise ConfigError(self._twice)
+
+    def _walk(self, node: yaml.Node, path: str, depth: int) -> None:
+        line = node.start_mark.line + 1
+        if depth > MAX_DEPTH:
+            raise _NotPlain(f"nested more than {MAX_DEPTH} deep", line)
+        if len(self.lines) > MAX_VALUES or self._n_characters > 10 * MAX_CHARACTERS:
+            raise _NotPlain(f"more than {MAX_VALUES:,} values, or very long ones, with its anchors written out", line)
+        if isinstance(node, yaml.MappingNode):
+            seen: set[str] = set()
+            for key_node, value_node in node.value:
+                line = key_node.start_mark.line + 1
+                if not isinstance(key_node, yaml.ScalarNode) or len(key_node.value) > MAX_KEY:
+                    raise _NotPlain(f"a key must be a word of at most {MAX_KEY} characters", line)
+                inner = f"{path}.{key_node.value}" if path else key_node.value
+                if inner in seen:
+                    problem = Problem(path=inner, message="stands twice; keep one", file=self._file, line=line)
+                    self._twice.append(problem)
+                seen.add(inner)
+                self.lines[inner] = line
+                self._walk(value_node, inner, depth + 1)
+        elif isinstance(node, yaml.SequenceNode):
+            for index, item in enumerate(node.value):
+                inner = f"{path}[{index}]"
+                self.lines[inner] = item.start_mark.line + 1
+                self._walk(item, inner, depth + 1)
+        else:
+            self._n_characters += len(node.value)
 
 
 def line_of(lines: Mapping[str, int], path: str) -> int | None:
@@ -201,16 +258,24 @@ def secrets(data: Any) -> Iterator[tuple[str, str]]:
             yield path, "looks like a secret; take it out and set it in the environment (HF_TOKEN and the like)"
 
 
+def unusable(data: Any) -> Iterator[tuple[str, str]]:
+    """Text that no file, tokenizer or database can take: (path, what it is)."""
+    for path, value in leaves(data):
+        if "\0" in path or (isinstance(value, str) and "\0" in value):
+            yield path.replace("\0", "\\0"), "holds a NUL character; remove it"
+
+
 def set_value(data: dict[str, Any], override: str) -> None:
     """Apply one `path=value`."""
     path, separator, text = override.partition("=")
-    parts: list[int | str] = [int(p[1:-1]) if p.startswith("[") else p for p in re.findall(r"[^.\[\]]+|\[\d+\]", path)]
-    if not separator or not parts:
+    words = re.findall(r"[^.\[\]]+|\[[0-9]{1,9}\]", path)
+    parts: list[int | str] = [int(word[1:-1]) if word.startswith("[") else word for word in words]
+    if not separator or not 0 < len(parts) <= MAX_DEPTH:
         raise ConfigError(f"--set {override}: must be path=value, e.g. --set search.n_trials=20")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from None
+        value = _plain(text, _Places("--set"))
+    except _NotPlain as error:
+        raise ConfigError(f"--set {override}: the value is wrong: {error.message}") from None
     here: Any = data
     for position, part in enumerate(parts[:-1]):
         try:

@@ -12,7 +12,7 @@ from duet_ray.config.contradictions import contradictions
 from duet_ray.config.sections import FEEDBACK_KINDS, StudyConfig
 from duet_ray.errors import ConfigError, Problem
 from duet_ray.secret_text import redact
-from duet_ray.study_file import either, explain, later_keys, leaves, line_of, parse, secrets, set_value
+from duet_ray.study_file import either, explain, later_keys, leaves, line_of, parse, secrets, set_value, unusable
 
 MAY_CHANGE: tuple[str, ...] = (
     "fleet",
@@ -76,7 +76,8 @@ def config_from(
     else:
         problems += [problem(where, message) for where, message in contradictions(config)]
     named = {p.path for p in problems}
-    problems += [problem(where, message) for where, message in secrets(data) if where not in named]
+    also_wrong = [*secrets(data), *unusable(data)]
+    problems += [problem(where, message) for where, message in also_wrong if where not in named]
     if problems:
         raise ConfigError(sorted(problems, key=lambda p: (p.line or 0, p.path)))
     return config.placed_in(folder)

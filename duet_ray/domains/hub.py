@@ -3,8 +3,10 @@
 `hf:owner/name` is the hub; `hf:./folder` and `hf:/folder` hand a local copy to the same loader.
 """
 
+import re
 from collections.abc import Collection, Iterator
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from duet_ray.config import fingerprint
@@ -12,6 +14,12 @@ from duet_ray.domains.readers import BadRow, Record, batch_records
 from duet_ray.errors import DataError
 
 _CHUNK_ROWS = 1024
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)  # "csv" alone is a reader's name
+_SUBSET = re.compile(r"[^\x00-\x1f<>:/\\|?*]{1,128}")
+_SPLIT = re.compile(r"[\w.]{1,64}(\[[-:%\d]{0,40}\])?(\(\w+\))?(\+[\w.\[\]:%-]{1,128})*")
+_REF = re.compile(r"[A-Za-z0-9][\w./-]{0,127}", re.ASCII)
+"""Names that become parts of paths in the cache of `datasets`."""
 
 
 class HubSource:
@@ -23,7 +31,19 @@ class HubSource:
         name: how the source is called in messages and exports.
         subset: the data set's configuration, where it has several.
         revision: a commit to pin; without one, a changed data set gets another fingerprint.
+
+        Raises:
+            DataError: one of them is no name of the hub's, and might lead out of its cache.
         """
+        if not Path(path).is_absolute() and not _HUB_ID.fullmatch(path):
+            raise DataError(f"must be hf:owner/name, or hf:./folder for a local copy, got {path!r}")
+        for key, value, pattern in (
+            ("subset", subset, _SUBSET),
+            ("split", split, _SPLIT),
+            ("revision", revision, _REF),
+        ):
+            if value is not None and (not pattern.fullmatch(value) or ".." in value):
+                raise DataError(f"{key}: {value!r} is not a name that the hub can have")
         self.path, self.name, self.subset, self.split, self.revision = path, name, subset, split, revision
 
     @cached_property
@@ -35,9 +55,11 @@ class HubSource:
         """
         import datasets
 
+        if not Path(self.path).is_absolute() and Path(self.path).exists():
+            raise DataError(f"{self.name}: {Path(self.path).absolute()} would be read in its place; start elsewhere")
         try:
             loaded = datasets.load_dataset(self.path, name=self.subset, split=self.split, revision=self.revision)
-        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        except (OSError, ValueError, RuntimeError, TypeError, LookupError, datasets.exceptions.DatasetsError) as error:
             where = f"subset {self.subset or '(default)'}, split {self.split}, revision {self.revision or '(newest)'}"
             raise DataError(f"{self.name}: cannot be loaded ({where}): {error}") from error
         return loaded

@@ -233,14 +233,17 @@ def _read_parquet(path: Path, name: str, wanted: Collection[str] | None) -> Iter
 
 def batch_records(batch: pa.RecordBatch, name: str, first: int) -> Iterator[Record | BadRow]:
     """The rows of an Arrow batch as records numbered from `first`."""
+    # What Python cannot hold (the year 200,000; an unknown time zone) must not take the other rows with it.
     try:
         rows: list[Mapping[str, Any]] = batch.to_pylist()
-    except UnicodeDecodeError:
+    except (ValueError, TypeError, ArithmeticError, LookupError, pa.ArrowException):
         for index in range(batch.num_rows):
             try:
                 yield Record(name, first + index, batch.slice(index, 1).to_pylist()[0])
             except UnicodeDecodeError as error:
                 yield BadRow(name, first + index, f"not valid UTF-8 at byte {error.start} of a value")
+            except (ValueError, TypeError, ArithmeticError, LookupError, pa.ArrowException) as error:
+                yield BadRow(name, first + index, f"holds a value that cannot be read: {error}")
         return
     for index, row in enumerate(rows):
         yield Record(name, first + index, row)
@@ -260,7 +263,14 @@ READERS: Mapping[str, _Reader] = {
 
 
 def column_names(path: Path) -> list[str]:
-    """The columns of a file's schema or header, or of its first record; empty where there is none."""
+    """The columns of a file's schema or header, or of its first record; empty where there is none.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
     if path.suffix.lower() == ".parquet":
-        return list(pq.read_schema(path).names)
+        try:
+            return list(pq.read_schema(path).names)
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{path}: cannot be read: {error}") from error
     return next((list(r.data) for r in read_records(path) if isinstance(r, Record)), [])

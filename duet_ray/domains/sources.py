@@ -16,7 +16,7 @@ from typing import Protocol
 from duet_ray.config import StudyConfig
 from duet_ray.domains.hub import HubSource
 from duet_ray.domains.readers import READERS, BadRow, Record, column_names, read_records
-from duet_ray.errors import DataError, DataErrors
+from duet_ray.errors import ConfigError, DataError, DataErrors
 
 HUB = "hf:"
 _GLOB = set("*?[")
@@ -61,10 +61,13 @@ class FileSource:
                 content = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise DataError(f"{self.name}: cannot be read: {error}") from error
-        return f"{self.path.name}:{content}"
+        return f"{self.path.name.encode('utf-8', 'backslashreplace').decode()}:{content}"
 
     def stamp(self) -> object:
-        status = self.path.stat()
+        try:
+            status = self.path.stat()
+        except OSError as error:
+            raise DataError(f"{self.name}: cannot be read: {error}") from error
         return status.st_size, status.st_mtime_ns, status.st_ino
 
     def columns(self) -> list[str]:
@@ -84,21 +87,21 @@ def find_sources(config: StudyConfig, index: int) -> list[Source]:
     found: dict[object, Source] = {}
     errors: list[Exception] = []
     for pattern in domain.sources:
-        if pattern.startswith(HUB):
-            path = pattern.removeprefix(HUB)
-            local = path.startswith((".", "/", "~"))
-            found[pattern] = HubSource(
-                str(config.resolve_path(path)) if local else path,
-                name=pattern,
-                subset=domain.subset,
-                split=domain.split,
-                revision=domain.revision,
-            )
-            continue
         try:
+            if pattern.startswith(HUB):
+                path = pattern.removeprefix(HUB)
+                local = path.startswith((".", "/", "~"))
+                found[pattern] = HubSource(
+                    str(config.resolve_path(path)) if local else path,
+                    name=pattern,
+                    subset=domain.subset,
+                    split=domain.split,
+                    revision=domain.revision,
+                )
+                continue
             for file in _match(config.resolve_path(pattern)):
                 found[file] = FileSource(file, _shown(file, config.folder))
-        except DataError as error:
+        except (DataError, ConfigError) as error:
             errors.append(DataError(f"domains[{index}].source ({domain.name}): {pattern!r}: {error}"))
     if errors:
         raise DataErrors(errors)
@@ -107,14 +110,15 @@ def find_sources(config: StudyConfig, index: int) -> list[Source]:
 
 def _match(path: Path) -> list[Path]:
     """The files that a path or glob stands for."""
-    if path.is_file():
+    # `os.path` rather than `Path`, which raises for a name that is too long or a folder that is closed.
+    if os.path.isfile(path):
         files = [path]
-    elif path.is_dir():
+    elif os.path.isdir(path):
         raise DataError(f"{path} is a folder; name its files, e.g. {path.name}/*.jsonl")
     elif not _GLOB & set(str(path)):
         raise DataError(_nothing_there(path))
     else:
-        files = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
+        files = [Path(name) for name in sorted(_expand(path)) if os.path.isfile(name)]
         if not files:
             raise DataError(_nothing_there(path))
     for file in files:
@@ -123,23 +127,56 @@ def _match(path: Path) -> list[Path]:
     return files
 
 
+def _expand(pattern: Path) -> set[str]:
+    """What a glob stands for. `**` goes through links to folders, and into each folder once: links may form a ring."""
+    if "**" not in pattern.parts:
+        return set(glob.glob(str(pattern)))
+    at = pattern.parts.index("**")
+    above, below = Path(*pattern.parts[:at]), pattern.parts[at + 1 :] or ("*",)
+    found: set[str] = set()
+    for base in glob.glob(str(above)):
+        for folder in _folders_below(base):
+            found |= _expand(Path(glob.escape(folder), *below))
+    return found
+
+
+def _folders_below(base: str) -> Iterator[str]:
+    """A folder and all below it, each once, but hidden ones, which a glob does not look into."""
+    seen: set[tuple[int, int]] = set()
+    for folder, names, _ in os.walk(base, followlinks=True):
+        try:
+            status = os.stat(folder)
+        except OSError:
+            status = None
+        if status is None or (status.st_dev, status.st_ino) in seen:
+            names.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        names[:] = sorted(name for name in names if not name.startswith("."))
+        yield folder
+
+
 def _nothing_there(path: Path) -> str:
     """Nothing at `path`: name the folder that is missing, or the most similar names in the one that is there."""
     folder = path.parent
     missing = None
-    while not folder.is_dir() and folder != folder.parent:
+    while not os.path.isdir(folder) and folder != folder.parent:
         folder, missing = folder.parent, folder
     if missing is not None and not _GLOB & set(str(missing)):
         wanted, message = missing.name, f"there is no folder {missing}"
     else:
         wanted, message = path.name, f"nothing matches {path}" if _GLOB & set(str(path)) else f"there is no file {path}"
     # Compared without suffixes: any two .jsonl would be alike, and the right name with another suffix is worth showing.
-    names = sorted(os.listdir(folder))
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        return f"{message}: {folder} cannot be looked into: {error.strerror}"
     stems = difflib.get_close_matches(Path(wanted).stem, sorted({Path(n).stem for n in names}), n=3, cutoff=0.6)
     close = [name for stem in stems for name in names if Path(name).stem == stem]
     return message + (f"; did you mean {' or '.join(close)}?" if close else "")
 
 
 def _shown(file: Path, folder: Path) -> str:
-    """A file's name for people: relative to the study file where it lies below it."""
-    return str(file.relative_to(folder)) if file.is_relative_to(folder) else str(file)
+    """A file's name for people: relative to the study file where it lies below it. Half a character is spelled out."""
+    name = str(file.relative_to(folder)) if file.is_relative_to(folder) else str(file)
+    return name.encode("utf-8", "backslashreplace").decode()

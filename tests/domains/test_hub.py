@@ -1,6 +1,7 @@
 import pytest
 
 from duet_ray.domains import prepare_domains
+from duet_ray.domains.hub import HubSource
 from duet_ray.errors import DataErrors
 from tests.domains.domain_toys import prompts, questions, write_jsonl
 
@@ -59,3 +60,39 @@ def test_a_hub_folder_and_what_is_not_there(tmp_path, study, plain_tokenizer, mo
     assert "domains[0] (x): hf:./copy: cannot be loaded (subset (default), split tset, revision (newest))" in str(
         error.value
     )
+
+
+@pytest.mark.parametrize(
+    ("domain", "message"),
+    [
+        ({"source": "hf:csv"}, "must be hf:owner/name, or hf:./folder for a local copy, got 'csv'"),
+        ({"source": "hf:owner/../../name"}, "must be hf:owner/name"),
+        ({"source": "hf:"}, "must be hf:owner/name"),
+        ({"subset": "../../elsewhere"}, "subset: '../../elsewhere' is not a name that the hub can have"),
+        ({"subset": ".."}, "subset: '..' is not"),
+        ({"split": "../x"}, "split: '../x' is not"),
+        ({"revision": "../../../x"}, "revision: '../../../x' is not"),
+        ({"revision": "/x"}, "revision: '/x' is not"),
+        ({"revision": ""}, "revision: '' is not"),
+    ],
+)
+def test_names_that_would_lead_out_of_the_cache(study, plain_tokenizer, monkeypatch, domain, message):
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **o: pytest.fail("it must not come to that"))
+    with pytest.raises(DataErrors, match=r"^domains\[0\].source \(x\): ") as error:
+        prepare_domains(study({"name": "x", "source": "hf:owner/name", **domain}), plain_tokenizer)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("split", ["train", "train[:10%]", "train[5:-1]+test[50%:]", "validation.clean"])
+@pytest.mark.parametrize("revision", [None, "main", "refs/convert/parquet", "0123abcd" * 5, "v1.0-rc1"])
+def test_names_that_the_hub_has(split, revision):
+    HubSource("owner/Name_1.x", name="hf:owner/Name_1.x", subset="20220301.en", split=split, revision=revision)
+
+
+def test_a_folder_that_would_be_taken_for_the_hubs(tmp_path, study, plain_tokenizer, monkeypatch):
+    write_jsonl(tmp_path / "owner/name/train.jsonl", questions(3))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataErrors, match="owner/name would be read in its place"):
+        prepare_domains(study({"name": "x", "source": "hf:owner/name"}), plain_tokenizer)

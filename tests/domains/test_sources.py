@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from duet_ray.domains import prepare_domains
@@ -32,3 +34,36 @@ def test_sources_that_are_not_there(tmp_path, study, plain_tokenizer, source, me
         prepare_domains(study({"name": "x", "source": source}), plain_tokenizer)
     assert str(error.value).startswith(f"domains[0].source (x): {source!r}: ")
     assert message.format(tmp_path) in str(error.value)
+
+
+@pytest.mark.timeout(30)
+def test_links_that_form_rings_end(tmp_path, study, plain_tokenizer):
+    write_jsonl(tmp_path / "data/deep/a.jsonl", questions(3, "a"))
+    write_jsonl(tmp_path / "elsewhere/b.jsonl", questions(3, "b"))
+    (tmp_path / "data/linked").symlink_to(tmp_path / "elsewhere")
+    for name in ("one", "two", "three"):
+        (tmp_path / "data/deep" / name).symlink_to(tmp_path / "data")
+    (tmp_path / "data/itself.jsonl").symlink_to(tmp_path / "data/itself.jsonl")
+    config = study({"name": "x", "source": "data/**/*.jsonl"}, data={"validation_fraction": 0})
+    (domain,) = prepare_domains(config, plain_tokenizer)
+    assert domain.report.n_read == 6, "each file once, through a link to a folder too"
+
+
+@pytest.mark.parametrize(
+    "source", ["n" * 300 + ".jsonl", "~nobody-of-that-name/a.jsonl", "ring/a.jsonl", "file/a.jsonl"]
+)
+def test_paths_that_nothing_can_have(tmp_path, study, plain_tokenizer, source):
+    (tmp_path / "ring").symlink_to(tmp_path / "ring")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DataErrors) as error:
+        prepare_domains(study({"name": "x", "source": source}), plain_tokenizer)
+    assert str(error.value).startswith(f"domains[0].source (x): {source!r}: ")
+
+
+def test_a_file_name_that_is_not_utf8(tmp_path, study, plain_tokenizer):
+    (tmp_path / "data").mkdir()
+    path = os.path.join(os.fsencode(tmp_path), b"data/\xff.jsonl")
+    with open(path, "w") as file:
+        file.write('{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}\n')
+    (domain,) = prepare_domains(study({"name": "x", "source": "data/*"}), plain_tokenizer)
+    assert {t["source"] for t in domain.train.texts([0])} == {"data/\\udcff.jsonl"}
