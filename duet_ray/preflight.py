@@ -16,6 +16,7 @@ from duet_ray.config import StudyConfig
 from duet_ray.domains import Domain, Overlap, find_overlap, prepare_domains
 from duet_ray.errors import ConfigError, DataError, DataErrors, DuetError, Problem, ResourceError
 from duet_ray.feedback import make_feedback
+from duet_ray.kept_models import KeptModels
 from duet_ray.search import SimplexSpace
 from duet_ray.selection import (
     RowWeights,
@@ -85,6 +86,7 @@ def preflight(
         DuetError: the first kind of trouble, with all of that kind: the model, the task, the data, the ratio's bounds.
     """
     check_installed(config.training)
+    KeptModels.of(config).check()
     on_stage("reading the model's configuration")
     tokenizer = load_tokenizer(config)
     config, resolved_notes = resolved(config, known)

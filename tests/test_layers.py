@@ -11,7 +11,7 @@ FLOORS: list[set[str]] = [
     {"errors", "file_systems", "files", "processes", "secret_text"},
     {"linear", "records", "requirements", "seeds", "study_file", "theory"},
     {"config"},
-    {"budget", "domains", "likelihood", "mixture", "reduce", "store"},
+    {"budget", "domains", "kept_models", "likelihood", "mixture", "reduce", "store"},
     {"training", "feedback"},
     {"selection", "search"},
     {"preflight", "execution", "report"},

@@ -79,8 +79,7 @@ def _finish(opened: Any, summary: Any, page: Path, study: Path, overrides: Seque
     assert sample is not None
     say("")
     say(f"report   {page}")
-    model = opened.folder / (sample.adapter or "")
-    say(f"{model.name:<9}{model}")
+    say(f"model    {opened.place_of(sample)}")
     say(f"mixture  {best.ratio.describe(summary.domain_names)}")
     n_more = max(10, 2 * opened.config.search.n_trials)
     others = [text for text in overrides if not text.startswith("search.n_trials=")]

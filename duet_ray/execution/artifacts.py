@@ -1,9 +1,10 @@
 """What samples leave on disk, who finds it, and what is deleted.
 
 A sample's folder is `artifacts/<trial>/<sample>/`. It fills in three steps, each a rename into place: `adapter/`
-(trained weights; `model/` where every weight is trained), `trained.json` (what the trainer reports), `result.json`
-(the value, or the reason there is none). Whoever finds a step done goes on after it, so a kill between training and
-feedback costs the feedback only, and "finished" means one thing: `result.json` is there.
+(trained weights; `model/` where every weight is trained; with `artifacts: URL` it lies there instead), `trained.json`
+(what the trainer reports), `result.json` (the value, or the reason there is none). Whoever finds a step done goes on
+after it, so a kill between training and feedback costs the feedback only, and "finished" means one thing:
+`result.json` is there.
 
 Until then there may be `training/` (the state of a training that was left off), and with racing `comparisons.json`
 (what the sample measured on its way) and `trained-<share>.json`.
@@ -13,7 +14,7 @@ import json
 import logging
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from duet_ray.budget import n_left, n_samples, searched
 from duet_ray.config import StudyConfig
 from duet_ray.execution.finalists import best_trials, finalists
 from duet_ray.files import write_json
+from duet_ray.kept_models import KeptModels, is_url
 from duet_ray.records import CONFIRM_ANYWHERE, CONFIRM_FIRST, SampleResult, SampleSpec, trial_name
+from duet_ray.secret_text import redact, redact_data
 from duet_ray.store import Store
 
 log = logging.getLogger(__name__)
@@ -62,6 +65,8 @@ def leave_result(folder: Path, result: SampleResult) -> SampleResult:
     """Put `result.json` in place unless a sound one is there: the first result stands, and is returned."""
     if (earlier := read_result(folder)) is not None:
         return earlier
+    if result.reason is not None:
+        result = replace(result, reason=redact(result.reason))
     write_json(folder / "result.json", result.to_json())
     return result
 
@@ -76,14 +81,13 @@ def read_comparisons(folder: Path) -> list[Comparison]:
 
 
 def leave_comparisons(folder: Path, comparisons: Sequence[Comparison]) -> None:
-    write_json(folder / "comparisons.json", {"comparisons": [asdict(c) for c in comparisons]})
+    write_json(folder / "comparisons.json", {"comparisons": [redact_data(asdict(c)) for c in comparisons]})
 
 
-def clear_ended(folder: Path, result: SampleResult) -> None:
-    """Delete what nobody needs of a sample that has ended: the state of its training, and a model without a value."""
-    names = [TRAINING, *(("adapter", "model") if result.value is None else ())]
-    for name in names:
-        shutil.rmtree(folder / name, ignore_errors=True)
+def clear_ended(folder: Path, result: SampleResult, models: KeptModels) -> None:
+    """Delete what nobody needs of a sample that has ended: the state of its training, models that do not stand."""
+    shutil.rmtree(folder / TRAINING, ignore_errors=True)
+    models.remove_all_but(folder, result.adapter)
     for stale in folder.glob("trained-*.json"):
         stale.unlink(missing_ok=True)
 
@@ -109,9 +113,11 @@ def prune_adapters(config: StudyConfig, store: Store) -> None:
     it was trained on all rows. Which those are is known for good only when the search is over: of a finalist whose
     model is gone by then, the best confirmation is kept in its place.
     """
+    models = KeptModels.of(config)
     on_disk = store.kept_artifacts()  # Before the trials: a sample stored in between is not judged yet.
-    for key, path in list(on_disk.items()):
-        if not (config.study_folder / path).is_dir():  # A kill came between deleting it and saying so.
+    for key, place in list(on_disk.items()):
+        # A kill came between deleting it and saying so. At a URL it is deleted again: that costs no question each time.
+        if not is_url(place) and not models.has(place):
             store.drop_artifact(*key)
             del on_disk[key]
     trials = store.trials()
@@ -141,9 +147,8 @@ def prune_adapters(config: StudyConfig, store: Store) -> None:
     candidates = sorted((k for k in on_disk if k[0] in whole and k in values), key=lambda k: (values[k], k))
     keep |= set(candidates[: config.keep_best])
     judged = {t.number for t in trials if t.status != "pending"}
-    for key, path in on_disk.items():
-        if key not in keep and key[0] in judged:
-            shutil.rmtree(config.study_folder / path, ignore_errors=True)
+    for key, place in on_disk.items():
+        if key not in keep and key[0] in judged and models.remove(place):
             store.drop_artifact(*key)
 
 

@@ -67,7 +67,7 @@ class Place:
     """Ray's id of its node."""
     pid: int
     started: float
-    """Seconds since the epoch: a pid is given out again."""
+    """As `processes.started` gives it: a pid is given out again."""
 
 
 @dataclass(frozen=True, kw_only=True)

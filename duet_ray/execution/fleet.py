@@ -4,19 +4,20 @@ Each group is a `TorchTrainer.fit()` in a thread of the driver. A worker killed 
 """
 
 import logging
+import os
 import shutil
+import signal
 import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
-import psutil
-
 from duet_ray.config import StudyConfig
 from duet_ray.execution.broker import Place
 from duet_ray.execution.group import group_loop
 from duet_ray.execution.worker import Assignment
+from duet_ray.processes import started
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +36,9 @@ def end_process(place: Place) -> None:
 
 
 def _kill(place: Place) -> None:
-    with suppress(psutil.NoSuchProcess):
-        process = psutil.Process(place.pid)
-        if process.create_time() == place.started:
-            process.kill()
+    if started(place.pid) == place.started:
+        with suppress(ProcessLookupError):
+            os.kill(place.pid, signal.SIGKILL)
 
 
 class Fleet:

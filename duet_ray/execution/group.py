@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from duet_ray.errors import DuetError, FeedbackError, SelectionError
 from duet_ray.execution.broker import Place, Task
 from duet_ray.execution.worker import Assignment, Progress, Worker, is_disk_full
+from duet_ray.kept_models import ModelsUnreachable
+from duet_ray.processes import ProcessIdentity
+from duet_ray.secret_text import RedactingFormatter
 from duet_ray.training import Stopped
 
 log = logging.getLogger(__name__)
@@ -83,8 +84,8 @@ def group_loop(settings: dict[str, Any]) -> None:
         n_ranks=ranks.n_ranks(),
     )
     _log_to(Path(settings["log_file"]), seat)
-    own = psutil.Process()
-    place = Place(node=ray.get_runtime_context().get_node_id(), pid=own.pid, started=own.create_time())
+    own = ProcessIdentity.own()
+    place = Place(node=ray.get_runtime_context().get_node_id(), pid=own.pid, started=own.started)
     seat.say("register", seat.rank, place)
     with _heartbeat(seat) as life:
         try:
@@ -191,9 +192,10 @@ def _do(worker: Worker, seat: Seat, task: Task, lease: int) -> None:
         log.exception("%s: failed", task.key)
         if is_disk_full(error):
             ray.get(broker.close.remote(f"the disk is full ({error}); make room and start the same command again"))
-        elif isinstance(error, FeedbackError):
-            # No feedback is nobody's failure: the models are kept, and a resume asks again.
-            ray.get(broker.retry_or_close.remote(task.key, lease, f"no feedback: {error}"))
+        elif isinstance(error, (FeedbackError, ModelsUnreachable)):
+            # Nobody's failure: what is finished is kept, and a resume asks again.
+            what = "no feedback" if isinstance(error, FeedbackError) else "no place for models"
+            ray.get(broker.retry_or_close.remote(task.key, lease, f"{what}: {error}"))
         else:
             place = traceback.extract_tb(error.__traceback__)[-1]
             text = str(error) if isinstance(error, DuetError) else f"{type(error).__name__}: {error}"
@@ -285,7 +287,7 @@ def _log_to(file: Path, seat: Seat) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(file)
     who = f" [{seat.rank}]" if seat.n_ranks > 1 else ""
-    handler.setFormatter(logging.Formatter(f"%(asctime)s{who} %(levelname)s %(message)s"))
+    handler.setFormatter(RedactingFormatter(f"%(asctime)s{who} %(levelname)s %(message)s"))
     root = logging.getLogger("duet_ray")
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)

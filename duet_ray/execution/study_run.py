@@ -34,6 +34,7 @@ from duet_ray.execution.trial import (
     scoring_tasks,
 )
 from duet_ray.execution.worker import Assignment
+from duet_ray.kept_models import KeptModels
 from duet_ray.records import BASE_TRIAL, CONFIRM_ANYWHERE, Trial
 from duet_ray.reduce import failure_reason, reduce_samples
 from duet_ray.search import Proposer, SimplexSpace
@@ -121,6 +122,7 @@ class StudyRun:
         self._n_pumped = 0
         self._n_measured: dict[int, int] = {}
         self._next_renewal = 0.0
+        self._models = KeptModels.of(self.config)
 
     def stop(self) -> None:
         """Ask the run to pause; safe to call from a signal handler."""
@@ -370,7 +372,7 @@ class StudyRun:
             result = leave_result(folder, result)
         if self.store.add_sample(result):
             self.watcher.changed()
-        clear_ended(sample_folder(self.config.study_folder, result.spec), result)
+        clear_ended(sample_folder(self.config.study_folder, result.spec), result, self._models)
 
     def _shard_measured(self, task: Task) -> None:
         assert task.domain is not None

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
@@ -34,7 +34,8 @@ from duet_ray.execution.artifacts import (
 )
 from duet_ray.execution.broker import Task
 from duet_ray.feedback import FeedbackSource, make_feedback
-from duet_ray.files import new_folder, write_json
+from duet_ray.files import write_json
+from duet_ray.kept_models import KeptModels
 from duet_ray.mixture import DrawBy, RowOrder, at_fidelity, draw_mixture, rows_digest
 from duet_ray.records import Feedback, Mixture, SampleResult, SampleSpec, TokenRow
 from duet_ray.requirements import parse_requirement
@@ -161,6 +162,10 @@ class Worker:
         return make_trainer(self._config.training, model, tokenizer)
 
     @cached_property
+    def _models(self) -> KeptModels:
+        return KeptModels.of(self._config)
+
+    @cached_property
     def _domains(self) -> list[Domain]:
         return [open_domain(Path(folder), index=i) for i, folder in enumerate(self._assignment.domain_folders)]
 
@@ -212,7 +217,7 @@ class Worker:
             progress("feedback")
             started = time.monotonic()
             measured = self._measure(spec, self._close if spec.kind == "confirm" else self._instruments)
-            artifact = folder / self._trainer.artifact
+            place = trained.pop(MODEL, None)
             result = SampleResult(
                 spec=spec,
                 value=measured.value,
@@ -222,7 +227,7 @@ class Worker:
                 train_seconds=train_seconds + sum(c.train_seconds for c in compared),
                 feedback_seconds=time.monotonic() - started + sum(c.feedback_seconds for c in compared),
                 rows_digest=work.rows_digest if work else None,
-                adapter=str(artifact.relative_to(self._config.study_folder)) if trained else None,
+                adapter=place,
                 lease=lease,
             )
         except (SampleFailed, NoValueError) as error:
@@ -234,7 +239,7 @@ class Worker:
             if "_trainer" in self.__dict__:
                 self._trainer.reset()
         result = leave_result(folder, result)
-        clear_ended(folder, result)
+        clear_ended(folder, result, self._models)
         return result
 
     def do_comparison(self, task: Task, progress: Progress) -> dict[str, Any]:
@@ -407,8 +412,7 @@ class Worker:
         if was_stopped():
             raise Stopped
         if until == 1:
-            with new_folder(_cleared(folder / self._trainer.artifact)) as temporary:
-                self._trainer.save(temporary)
+            report[MODEL] = self._models.keep(folder, self._trainer.artifact, self._trainer.save)
             write_json(trained_file(folder), {**report, MARK: work.mark})
         return report
 
@@ -427,11 +431,12 @@ class Worker:
             halt, seed = self._halt(work, until), self._train_seed(work.spec)
             self._trainer.train(self._rows(work), seed=seed, training=work.training, halt=halt)
             return report
-        artifact = folder / self._trainer.artifact
-        if not artifact.is_dir():
+        report.setdefault(MODEL, self._place(folder))
+        if not self._models.has(report[MODEL]):
             return None
         try:
-            self._trainer.load(artifact)
+            with self._models.opened(report[MODEL]) as local:
+                self._trainer.load(local)
         except StoreError as error:
             log.warning("%s: its model is damaged and is trained again: %s", work.spec.key, error)
             return None
@@ -478,15 +483,16 @@ class Worker:
             for folder, adapter, work, report in zip(folders, adapters, works, ended, strict=True):
                 folder.mkdir(parents=True, exist_ok=True)
                 known = read_json(trained_file(folder, until))
-                if known is not None and known.get(MARK) == work.mark and (folder / "adapter").is_dir():
+                place = (known or {}).get(MODEL, self._place(folder))
+                if known is not None and known.get(MARK) == work.mark and self._models.has(place):
                     continue
                 if isinstance(report, SampleFailed):
                     write_json(trained_file(folder, until), {"reason": str(report), MARK: work.mark})
                     continue
-                if until == 1:
-                    with new_folder(_cleared(folder / "adapter")) as temporary:
-                        shutil.copytree(adapter, temporary, dirs_exist_ok=True)
                 said = {**report.to_json(), "n_fused": len(bundle), MARK: work.mark}
+                if until == 1:
+                    copy = partial(shutil.copytree, adapter, dirs_exist_ok=True)
+                    said[MODEL] = self._models.keep(folder, self._trainer.artifact, copy)
                 write_json(trained_file(folder, until), said)
         return True
 
@@ -510,12 +516,19 @@ class Worker:
         is_wider = work.training.loss_on == "all" != self._config.training.loss_on
         return [_learned_throughout(row) for row in rows] if is_wider else rows
 
+    def _place(self, folder: Path) -> str:
+        """The place of a sample's model where nothing is said of it: it was kept by a version without `artifacts`."""
+        return str((folder / self._trainer.artifact).relative_to(self._config.study_folder))
+
     def _train_seed(self, spec: SampleSpec) -> int:
         return child_seed(self._config.seed, "train", spec.trial, spec.sample)
 
     def _feedback_seed(self, spec: SampleSpec) -> int:
         return child_seed(self._config.seed, "evaluate", max(spec.trial, 0), spec.sample)
 
+
+MODEL = "model"
+"""Key of the model's place in the file of a trained sample."""
 
 MARK = "rows_digest"
 """Key of `_Work.mark` in the file of a trained sample; without settings of its trial it is the digest of the rows."""
@@ -531,13 +544,6 @@ def _learned_throughout(row: TokenRow) -> TokenRow:
 def trained_file(folder: Path, until: float = 1.0) -> Path:
     """What the trainer reports of a sample, once it is trained until a share of its steps."""
     return folder / ("trained.json" if until == 1 else f"trained-{until:g}.json")
-
-
-def _cleared(folder: Path) -> Path:
-    """The same place, with nothing left there of an earlier try."""
-    for stale in (folder, *folder.parent.glob(f"{folder.name}.tmp-*")):
-        shutil.rmtree(stale, ignore_errors=True)
-    return folder
 
 
 def load_draws(assignment: Assignment, config: StudyConfig) -> list[DrawBy]:

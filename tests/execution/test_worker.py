@@ -528,3 +528,29 @@ def test_a_confirmation_looks_closer(tmp_path: Path) -> None:
         found, expected = worker.do_sample(spec, 1, silent), larger.do_sample(spec, 1, silent)
         assert (found.value, found.metrics) == (expected.value, expected.metrics)
     assert worker.do_sample(SPEC, 1, silent).value != larger.do_sample(SPEC, 1, silent).value
+
+
+def test_models_may_be_kept_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a URL: the same values, whole models there, and after a lost result only the feedback is repeated."""
+    here, _ = make_worker(tmp_path / "here")
+    expected = here.do_sample(SPEC, 1, silent)
+    worker, place = make_worker(tmp_path / "there", artifacts=f"file://{tmp_path}/bucket")
+    found = worker.do_sample(SPEC, 1, silent)
+    assert found.value == expected.value
+    assert found.adapter is not None
+    assert found.adapter.startswith(f"file://{tmp_path}/bucket/toy/t0002/s1/adapter-")
+    assert {p.name for p in place(SPEC).iterdir()} == {"trained.json", "result.json"}
+    kept = Path(found.adapter.removeprefix("file://"))
+    assert {"adapter_model.safetensors", "complete.json"} <= {p.name for p in kept.iterdir()}
+    assert "model" not in found.train
+    (place(SPEC) / "result.json").unlink()
+    monkeypatch.setattr(worker._trainer, "train", lambda *_, **__: pytest.fail("it was trained already"))
+    assert worker.do_sample(SPEC, 2, silent).value == expected.value
+    # A model that is not whole is made again, and what is left of the old one goes.
+    monkeypatch.undo()
+    (place(SPEC) / "result.json").unlink()
+    (kept / "adapter_model.safetensors").write_bytes(b"torn")
+    again = worker.do_sample(SPEC, 3, silent)
+    assert again.value == expected.value
+    assert again.adapter != found.adapter
+    assert not kept.exists()
