@@ -1,5 +1,6 @@
 """The study file: every problem at once, with path, line and remedy; nothing accepted and ignored."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +221,24 @@ def test_any_text_ends_in_a_message(text: str, tmp_path_factory: pytest.TempPath
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(DuetError):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ({"metric": {"one": "acc,none"}}, "feedback.metric: has none for two: give one metric for all tasks"),
+        ({"metric": {"one": "a,b", "two": "a,b", "tow": "a,b"}}, "feedback.metric.tow: there is no such task; tasks"),
+        ({"rows": {"tow": "::2"}}, "feedback.rows.tow: there is no such task; tasks here: one, two"),
+        ({"rows": {"two": "-1:"}}, "feedback.rows.two: "),
+    ],
+)
+def test_settings_by_task_name_tasks_that_are_there(section: dict, expected: str) -> None:  # type: ignore[type-arg]
+    feedback = {"kind": "lm_eval", "tasks": {"one": 1, "two": 1}, "direction": "maximize", **section}
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        config_from(toy_data(feedback=feedback), folder=Path())
+
+
+def test_settings_for_scoring_alone_need_a_model_that_is_fine_tuned_for_it() -> None:
+    config_from(toy_data(selection={"method": "influence", "fit": {"rank": 8}}), folder=Path())
+    with pytest.raises(ConfigError, match=r"selection.fit: uniform fine-tunes no model: remove it"):
+        config_from(toy_data(selection={"fit": {"rank": 8}}), folder=Path())

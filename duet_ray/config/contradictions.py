@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from duet_ray.config.sections import (
     AlsoConfig,
+    LmEvalConfig,
     SamplingConfig,
     StudyConfig,
     TrainingConfig,
@@ -46,6 +47,20 @@ def contradictions(config: StudyConfig) -> Iterator[tuple[str, str]]:
                 yield f"{path}.metric", f"accuracy needs format: multiple_choice, got {feedback.format}"
             if feedback.direction is not Direction.MAXIMIZE:
                 yield f"{path}.direction", "accuracy is to be maximized, got minimize"
+        if feedback.kind == "lm_eval":
+            yield from _task_contradictions(feedback, "feedback" if index == 0 else f"also[{index - 1}]")
+
+
+def _task_contradictions(feedback: LmEvalConfig, path: str) -> Iterator[tuple[str, str]]:
+    """Settings by task: each names a task that is there, and every task has its metric."""
+    known = f"tasks here: {', '.join(feedback.tasks)}"
+    by_task = [("rows", feedback.rows), ("metric", feedback.metric if isinstance(feedback.metric, dict) else {})]
+    for key, named in by_task:
+        for task in named:
+            if task not in feedback.tasks:
+                yield f"{path}.{key}.{task}", f"there is no such task; {known}"
+    if isinstance(feedback.metric, dict) and (without := [t for t in feedback.tasks if t not in feedback.metric]):
+        yield f"{path}.metric", f"has none for {', '.join(without)}: give one metric for all tasks, or one for each"
 
 
 def _contradictions_at_scale(config: StudyConfig) -> Iterator[tuple[str, str]]:
@@ -105,6 +120,10 @@ def _selection_contradictions(config: StudyConfig) -> Iterator[tuple[str, str]]:
         yield "selection.surrogate", f"{selection.method} fine-tunes no model: remove it"
     if config.mixture.replacement and selection.method in ("top_n", "logdet", "coreset"):
         yield "mixture.replacement", f"must be false with selection.method: {selection.method}, which orders rows"
+    if selection.fit.given and selection.method in ("uniform", "logdet", "coreset", "indicators"):
+        yield "selection.fit", f"{selection.method} fine-tunes no model: remove it"
+    if selection.fit.target_modules is not None and selection.target_modules is not None:
+        yield "selection.fit.target_modules", "says the same as selection.target_modules: remove one of them"
     if len(set(selection.indicators)) < len(selection.indicators):
         yield "selection.indicators", "each indicator stands at most once"
 

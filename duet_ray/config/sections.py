@@ -5,6 +5,7 @@ Defaults and descriptions stand here and nowhere else; `duet init` writes a file
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from itertools import pairwise
@@ -15,9 +16,12 @@ from urllib.parse import parse_qsl, urlsplit
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
+from duet_ray.errors import ConfigError
 from duet_ray.records import Direction
 
 SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+ROWS = r"^\d{0,12}:\d{0,12}(:[1-9]\d{0,11})?$"
+"""Every second row is `::2`, the others `1::2`."""
 
 
 class Section(BaseModel):
@@ -34,7 +38,7 @@ class ModelConfig(Section):
     )
 
 
-DataFormat = Literal["prompt_completion", "messages", "alpaca", "sharegpt", "text"]
+DataFormat = Literal["prompt_completion", "messages", "alpaca", "sharegpt", "text", "multiple_choice"]
 
 
 class DomainConfig(Section):
@@ -44,7 +48,14 @@ class DomainConfig(Section):
     split: str = Field("train", description="hub only: split to train on")
     revision: str | None = Field(None, description="hub only: revision to pin")
     format: DataFormat = "prompt_completion"
-    columns: dict[str, str] = Field(default_factory=dict, description="our column -> the column in your file")
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="our column -> the column in your file, a path in it (answer.value), or a text with columns in it",
+    )
+    rows: str | None = Field(
+        None, pattern=r"^\d*:\d*(:[1-9]\d*)?$", description="which rows of the source, as start:stop:step; null = all"
+    )
+    max_bad_rows: int | float | None = Field(None, ge=0, description="null = data.max_bad_rows")
     bounds: tuple[float, float] = Field((0.0, 1.0), description="smallest and largest share of the mixture")
 
     @field_validator("name")
@@ -94,6 +105,26 @@ Indicator = Literal["length", "perplexity", "difficulty", "diversity", "reasonin
 INDICATORS: tuple[Indicator, ...] = ("length", "perplexity", "difficulty", "diversity", "reasoning", "richness")
 
 
+class FitConfig(Section):
+    """How a domain's model is fine-tuned for scoring. Every key is that of `training` where it is null."""
+
+    rank: int | None = Field(None, ge=1)
+    alpha: float | None = Field(None, gt=0)
+    dropout: float | None = Field(None, ge=0, lt=1)
+    target_modules: Literal["all-linear"] | list[str] | None = None
+    learning_rate: float | None = Field(None, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] | None = None
+    warmup_ratio: float | None = Field(None, ge=0, lt=1)
+    batch_size: int | None = Field(None, ge=1)
+    max_grad_norm: float | None = Field(None, gt=0)
+    weight_decay: float | None = Field(None, ge=0)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The keys that differ from `training` on purpose."""
+        return {name: value for name in type(self).model_fields if (value := getattr(self, name)) is not None}
+
+
 class SelectionConfig(Section):
     method: Literal[
         "uniform", "influence", "less", "tracin", "remove_harmful", "top_n", "logdet", "coreset", "indicators"
@@ -117,6 +148,7 @@ class SelectionConfig(Section):
     target_modules: Literal["all-linear"] | list[str] | None = Field(
         None, description="layers of a domain's model that are adapted and scored by; null = training.target_modules"
     )
+    fit: FitConfig = Field(FitConfig(), description="training settings of a domain's model that are not the samples'")
     surrogate: ModelConfig | None = Field(None, description="a smaller model to score with; null = the study's model")
     projection: int | None = Field(
         None, ge=1, description="less, tracin: dimensions of a random projection; null = exact products"
@@ -322,13 +354,15 @@ class FeedbackBase(Section):
 
     def _called(self, separator: str) -> str:
         kind, metric = getattr(self, "kind", ""), getattr(self, "metric", None)
+        if isinstance(metric, dict):
+            metric = "+".join(dict.fromkeys(metric.values()))
         return self.name or (f"{kind}{separator}{metric}" if metric else kind)
 
 
 class HeldoutLossConfig(FeedbackBase):
     kind: Literal["heldout_loss"]
     file: str = Field(description="jsonl, json, csv or parquet; relative to the study file")
-    format: DataFormat | Literal["multiple_choice"] = "prompt_completion"
+    format: DataFormat = "prompt_completion"
     columns: dict[str, str] = Field(default_factory=dict)
     limit: int | None = Field(None, ge=1, description="use the first `limit` rows")
     batch_size: int = Field(8, ge=1)
@@ -340,7 +374,13 @@ class LmEvalConfig(FeedbackBase):
     kind: Literal["lm_eval"]
     tasks: dict[str, float] = Field(min_length=1, description="task name -> weight")
     tasks_folder: str | None = Field(None, description="folder of your own task files (YAML), local data")
-    metric: str = Field("acc,none", description="metric,filter as lm-eval prints it")
+    rows: dict[str, Annotated[str, Field(pattern=ROWS)]] = Field(
+        default_factory=dict,
+        description="task -> which of its items, as start:stop:step; a task that is not named: all",
+    )
+    metric: str | dict[str, str] = Field(
+        "acc,none", description="metric,filter as lm-eval prints it; or task -> metric, where tasks have different ones"
+    )
     direction: Direction
     n_shot: int | None = Field(None, ge=0)
     temperature: float | None = Field(None, ge=0)
@@ -466,8 +506,15 @@ class StudyConfig(Section):
         return self.resolve_path(self.storage) / self.name
 
     def resolve_path(self, path: str) -> Path:
-        """An absolute path for a path in the study file."""
-        return (self._folder / Path(path).expanduser()).resolve()
+        """An absolute path for a path in the study file.
+
+        Raises:
+            ConfigError: nothing can have such a path.
+        """
+        try:
+            return (self._folder / Path(path).expanduser()).resolve()
+        except (OSError, RuntimeError, ValueError) as error:  # a ring of links, nobody's home, a NUL
+            raise ConfigError(f"{path!r} is not a path that can be looked up: {error}") from None
 
     @property
     def model_path(self) -> str:
@@ -477,7 +524,7 @@ class StudyConfig(Section):
     def place_of(self, path: str) -> str:
         """A model's local folder if there is one at that path, else the hub id unchanged."""
         local = self.resolve_path(path)
-        return str(local) if local.is_dir() else path
+        return str(local) if os.path.isdir(local) else path  # not `Path.is_dir`: it raises for a name that is too long
 
     def placed_in(self, folder: Path) -> "StudyConfig":
         """The same study, its relative paths taken from `folder`."""

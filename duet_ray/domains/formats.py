@@ -1,4 +1,4 @@
-"""Raw records → prompts and completions: the five formats a study file can name.
+"""Raw records → prompts and completions: the formats a study file can name.
 
 | format | columns | becomes |
 |---|---|---|
@@ -7,12 +7,20 @@
 | messages | messages: list of {role, content} | a conversation |
 | sharegpt | conversations: list of {from, value} | a conversation |
 | text | text | text alone, every token of it learned |
+| multiple_choice | question, choices (a list), answer, labels (may be missing) | question, the right choice's text |
 
-A column map (`columns: {prompt: question}`) says where our column stands in the user's file. What does not fit is a
-bad row with its reason; a column that no row has is one error, not as many bad rows as there are rows.
+`answer` of a multiple choice is one of `labels`, where there are any, else an index from 0.
+
+A column map (`columns: {prompt: question}`) says where our column stands in the user's file: by a column's name; by a
+path into a nested one (`answer.value`, which goes through lists: `answers.text` of a list of answers is the list of
+their texts); or by a text with such names in braces (`"Question: {question}\\nAnswer:"`), in which a list stands as
+one line an item. What does not fit is a bad row with its reason; a column that no row has is one error, not as many
+bad rows as there are rows.
 """
 
 import hashlib
+import json
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +38,15 @@ COLUMNS: Mapping[DataFormat, tuple[str, ...]] = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
     "text": ("text",),
+    "multiple_choice": ("question", "choices", "answer", "labels"),
 }
 """Format → its columns, as they are called when no map is given."""
 
-_OPTIONAL = {("alpaca", "input")}
+_OPTIONAL = {("alpaca", "input"), ("multiple_choice", "labels")}
 _ALIASES = {("prompt_completion", "completion"): "response"}
+
+_PLACE = re.compile(r"\{([^{}]+)\}")
+"""A column in a text of columns."""
 
 _SHAREGPT_ROLES: Mapping[str, Role] = {
     "human": "user",
@@ -145,7 +157,8 @@ def read_rows(
 def wanted_columns(format: DataFormat, columns: Mapping[str, str]) -> frozenset[str]:
     """The columns of a file that `parse_record` may look at."""
     aliases = {alias for (owner, _), alias in _ALIASES.items() if owner == format}
-    return frozenset({columns.get(ours, ours) for ours in COLUMNS[format]} | aliases)
+    named = {name for ours in COLUMNS[format] for name in _named(columns.get(ours, ours))}
+    return frozenset({part for name in named | aliases for part in _heads(name)})
 
 
 def parse_records(
@@ -168,7 +181,11 @@ def parse_records(
             continue
         n_records += 1
         if missing:
-            missing -= {ours for ours in missing if _name(record.data, format, ours, columns) in record.data}
+            missing -= {
+                ours
+                for ours in missing
+                if _look_up(record.data, _name(record.data, format, ours, columns)) is not _NOTHING
+            }
         yield parse_record(record, format, columns)
     if n_records and missing:
         names = ", ".join(repr(columns.get(ours, ours)) for ours in COLUMNS[format] if ours in missing)
@@ -189,12 +206,67 @@ def _name(data: Mapping[str, Any], format: DataFormat, ours: str, columns: Mappi
 
 def _value(data: Mapping[str, Any], format: DataFormat, ours: str, columns: Mapping[str, str]) -> Any:
     name = _name(data, format, ours, columns)
-    value = data.get(name)
-    if value is None:
+    what = f"column {name!r}"
+    value = _look_up(data, name)
+    if value is _NOTHING or value is None:
         if (format, ours) in _OPTIONAL:
             return ""
-        raise _Refused(f"column {name!r} is null" if name in data else f"column {name!r} not found")
-    return _listed(value, name) if format in ("messages", "sharegpt") else _text(value, f"column {name!r}")
+        raise _Refused(f"{what} is null" if value is None else f"{what} not found")
+    if format == "multiple_choice" and ours != "question":
+        return value if ours == "answer" else _list_of(value, what)
+    return _listed(value, name) if format in ("messages", "sharegpt") else _text(value, what)
+
+
+_NOTHING = object()
+
+
+def _look_up(data: Any, name: str) -> Any:
+    """What stands at a column, a path, or a text of columns; `_NOTHING` where it leads nowhere."""
+    if isinstance(data, Mapping) and name in data:
+        return data[name]
+    if places := _PLACE.findall(name):
+        values = {place: _look_up(data, place) for place in places}
+        if any(value is None or value is _NOTHING for value in values.values()):
+            return _NOTHING
+        return _PLACE.sub(lambda match: _shown(values[match[1]], f"column {match[1]!r}"), name)
+    head, _, rest = name.partition(".")
+    if not rest:
+        return _NOTHING
+    inner = data.get(head, _NOTHING) if isinstance(data, Mapping) else _NOTHING
+    if isinstance(inner, list):
+        found = [_look_up(item, rest) for item in inner]
+        return _NOTHING if any(value is _NOTHING for value in found) else found
+    return _look_up(inner, rest)
+
+
+def _named(name: str) -> list[str]:
+    """The columns that stand in a text of columns; a name that is none itself."""
+    return _PLACE.findall(name) or [name]
+
+
+def _heads(name: str) -> tuple[str, str]:
+    """A column that a name may mean: the name as a whole, or the first part of a path."""
+    return name, name.partition(".")[0]
+
+
+def _shown(value: Any, what: str) -> str:
+    """A value within a text: a list as one line an item, a whole number as such."""
+    items = value if isinstance(value, list) else [value]
+    return "\n".join(
+        str(item) if isinstance(item, int) and not isinstance(item, bool) else _text(item, what) for item in items
+    )
+
+
+def _list_of(value: Any, what: str) -> list[Any]:
+    """A list; in a CSV cell it is a JSON list."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            value = None
+    if not isinstance(value, list):
+        raise _Refused(f"{what} must be a list")
+    return value
 
 
 def _text(value: Any, what: str) -> str:
@@ -237,9 +309,22 @@ def _turns(
         given = values["input"]
         question = f"{values['instruction']}\n\n{given}" if given.strip() else values["instruction"]
         return "pair", _pair(question, _answer(values["output"], "output"))
+    if format == "multiple_choice":
+        return "pair", _pair(values["question"], _right_choice(values["choices"], values["labels"], values["answer"]))
     if format == "messages":
         return "chat", _conversation(values["messages"], "role", "content", _ROLES)
     return "chat", _conversation(values["conversations"], "from", "value", _SHAREGPT_ROLES)
+
+
+def _right_choice(choices: list[Any], labels: list[Any], answer: Any) -> str:
+    """The text of the choice that `answer` names, by its label or by its index."""
+    names = [str(label) for label in labels] if labels else [str(index) for index in range(len(choices))]
+    if len(names) != len(choices):
+        raise _Refused(f"there are {len(choices)} choices and {len(names)} labels")
+    given = str(answer).strip()
+    if isinstance(answer, bool) or names.count(given) != 1:
+        raise _Refused(f"answer must be one of {', '.join(names)[:80]}, got {given[:80]!r}")
+    return _answer(_text(choices[names.index(given)], "the right choice"), "the right choice")
 
 
 def _pair(prompt: str, completion: str) -> tuple[Message, ...]:

@@ -116,8 +116,8 @@ def held_out(keys: np.ndarray, fraction: float, generator: np.random.Generator) 
     return chosen
 
 
-def check_bad_rows(report: DomainReport, most: int | float) -> None:
-    """Refuse a domain with more bad rows than `data.max_bad_rows` allows.
+def check_bad_rows(report: DomainReport, most: int | float, setting: str = "data.max_bad_rows") -> None:
+    """Refuse a domain with more bad rows than its setting allows.
 
     Raises:
         DataError: naming the first of them, one a line.
@@ -128,7 +128,7 @@ def check_bad_rows(report: DomainReport, most: int | float) -> None:
     lines = [f"  {row}" for row in report.bad]
     if report.n_bad > len(report.bad):
         lines.append(f"  … and {report.n_bad - len(report.bad)} more")
-    head = f"{report.n_bad} of {report.n_read} rows are bad, more than data.max_bad_rows = {most} allows:"
+    head = f"{report.n_bad} of {report.n_read} rows are bad, more than {setting} = {most} allows:"
     raise DataError("\n".join([head, *lines]))
 
 
@@ -149,6 +149,8 @@ def _prepare(config: StudyConfig, index: int, tokenizer: Any, identity: str, on_
         "loss_on": settings.loss_on,
         "split": [domain.name, config.seed, config.data.validation_fraction],
     }
+    if domain.rows is not None:
+        identity_of_all["rows"] = domain.rows
     mark = fingerprint(identity_of_all)
     folder = cache_folder(config) / f"{domain.name}-{mark}"
     prepared = _reopen(folder, index)
@@ -161,8 +163,14 @@ def _prepare(config: StudyConfig, index: int, tokenizer: Any, identity: str, on_
                 raise DataError("a source was changed while it was read: start again")
             _write_meta(work / META, domain.name, mark, report)
         prepared = open_domain(folder, index=index)
-    check_bad_rows(prepared.report, config.data.max_bad_rows)
+    check_bad_rows(prepared.report, *_most_bad_rows(config, index))
     return prepared
+
+
+def _most_bad_rows(config: StudyConfig, index: int) -> tuple[int | float, str]:
+    """How many bad rows a domain may have, and the setting that says so."""
+    own = config.domains[index].max_bad_rows
+    return (config.data.max_bad_rows, "data.max_bad_rows") if own is None else (own, f"domains[{index}].max_bad_rows")
 
 
 def _reopen(folder: Path, index: int) -> Domain | None:
@@ -229,8 +237,9 @@ class _Rows:
     def _parsed(self) -> Iterator[ParsedRow | BadRow]:
         domain = self.config.domains[self.index]
         wanted = wanted_columns(domain.format, domain.columns)
+        records = (record for source in self.sources for record in source.records(wanted))
         yield from parse_records(
-            (record for source in self.sources for record in source.records(wanted)),
+            islice(records, *slice_of(domain.rows)),
             domain.format,
             domain.columns,
             there=self.sources[0].columns,
@@ -256,7 +265,7 @@ def _write_halves(rows: _Rows, folder: Path, config: StudyConfig) -> DomainRepor
         rows.write(writer)
     if rows.n_read == 0:
         raise DataError(f"no rows in {', '.join(source.name for source in rows.sources)}")
-    check_bad_rows(rows.report(0), config.data.max_bad_rows)
+    check_bad_rows(rows.report(0), *_most_bad_rows(config, rows.index))
     if not rows.keys:
         raise DataError(f"no good row among {rows.n_read}; the first: {rows.bad[0]}")
     name = config.domains[rows.index].name
@@ -270,6 +279,12 @@ def _write_halves(rows: _Rows, folder: Path, config: StudyConfig) -> DomainRepor
 def _name_key(name: str) -> int:
     """A domain's own stream of random numbers: keyed on its name, so that the order of domains does not matter."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+
+
+def slice_of(rows: str | None) -> tuple[int | None, int | None, int | None]:
+    """`"start:stop:step"` as the arguments of `islice`; all rows where there is none."""
+    parts = [int(part) if part else None for part in (rows or ":").split(":")]
+    return (*parts, None)[:3]  # type: ignore[return-value]
 
 
 def _chunks(rows: Iterator[ParsedRow | BadRow], size: int) -> Iterator[list[ParsedRow | BadRow]]:

@@ -42,6 +42,8 @@ class LmEval:
 
     def __init__(self, config: StudyConfig, section: LmEvalConfig) -> None:
         self._section = section
+        metric = section.metric
+        self._metrics = metric if isinstance(metric, dict) else dict.fromkeys(section.tasks, metric)
         self._folder = config.resolve_path(section.tasks_folder) if section.tasks_folder else None
         self._loaded: Mapping[str, Any] | None = None
 
@@ -119,6 +121,8 @@ class LmEval:
                 raise FeedbackError(
                     f"feedback.tasks: {name} runs code that the model writes, which is not allowed here"
                 )
+        for name, rows in self._section.rows.items():
+            _keep_rows(loaded, name, rows)
         return loaded
 
     def _check_metric(self, name: str, loaded: Mapping[str, Any]) -> None:
@@ -126,8 +130,8 @@ class LmEval:
             self._check_group_metric(name, loaded["groups"][name])
         else:
             metrics = _metrics(loaded["tasks"][name])
-            if self._section.metric not in metrics:
-                raise FeedbackError(_no_metric(self._section.metric, name, metrics))
+            if self._metrics[name] not in metrics:
+                raise FeedbackError(_no_metric(self._metrics[name], name, metrics))
 
     def _check_group_metric(self, name: str, group: Any) -> None:
         members = ", ".join(group.child_names)
@@ -136,8 +140,8 @@ class LmEval:
             raise FeedbackError(
                 f"feedback.tasks: {name} is a group without a metric of its own; name its tasks: {members}"
             )
-        if self._section.metric not in metrics:
-            raise FeedbackError(_no_metric(self._section.metric, name, metrics))
+        if self._metrics[name] not in metrics:
+            raise FeedbackError(_no_metric(self._metrics[name], name, metrics))
 
     def _notes(self, name: str, task: Any) -> Iterator[str]:
         section = self._section
@@ -146,10 +150,12 @@ class LmEval:
             yield f"{name} stays 0-shot: its task file says so, and n_shot = {section.n_shot} has no effect on it"
         if section.temperature is not None and task.get_config("output_type") != "generate_until":
             yield f"{name} generates nothing (it compares likelihoods): temperature has no effect on it"
-        better_higher = task.higher_is_better().get(section.metric.split(",")[0])
+        # A group's tasks are not named, and have the group's metric where there is one metric for all.
+        metric = section.metric if isinstance(section.metric, str) else self._metrics.get(name, "")
+        better_higher = task.higher_is_better().get(metric.split(",")[0])
         if better_higher is not None and better_higher != (section.direction is Direction.MAXIMIZE):
             word = "higher" if better_higher else "lower"
-            yield f"{name}: {section.metric} is better when {word}, but feedback.direction is {section.direction.value}"
+            yield f"{name}: {metric} is better when {word}, but feedback.direction is {section.direction.value}"
 
     def _set_up(self, task: Any, seed: int) -> None:
         """What `simple_evaluate` does to a task: few-shot count and seed, and how answers are generated."""
@@ -185,22 +191,20 @@ class LmEval:
         return {**results["results"], **results.get("groups", {})}
 
     def _combine(self, results: Mapping[str, Mapping[str, Any]]) -> Feedback:
-        metric, weights = self._section.metric, self._section.tasks
+        metrics, weights = self._metrics, self._section.tasks
         for name in weights:
-            if metric not in results[name]:
-                raise FeedbackError(_no_metric(metric, name, _values(results[name])))
+            if metrics[name] not in results[name]:
+                raise FeedbackError(_no_metric(metrics[name], name, _values(results[name])))
         total = math.fsum(weights.values())
-        value = math.fsum(weight * results[name][metric] for name, weight in weights.items()) / total
-        key = _stderr_key(metric)
-        errors = [
-            weight * float(results[name][key]) for name, weight in weights.items() if _is_number(results[name].get(key))
-        ]
+        value = math.fsum(weight * results[name][metrics[name]] for name, weight in weights.items()) / total
+        stderrs: dict[str, Any] = {name: results[name].get(_stderr_key(metrics[name])) for name in weights}
+        errors = [weight * float(stderrs[name]) for name, weight in weights.items() if _is_number(stderrs[name])]
         stderr = math.hypot(*errors) / total if len(errors) == len(weights) else None
         shown = {
             (other if len(results) == 1 else f"{name}: {other}"): number
             for name, numbers in results.items()
             for other, number in _values(numbers).items()
-            if not (len(results) == 1 and other == metric)
+            if not (len(results) == 1 and other == metrics.get(name))
         }
         return Feedback(value=value, stderr=stderr, metrics=shown)
 
@@ -224,6 +228,23 @@ def _check_name(name: str, manager: Any, folder: Path | None) -> None:
         own = sorted(key for key, entry in manager.task_index.items() if _stands_in(entry.yaml_path, folder))
         hint += f"; tasks in {folder}: {', '.join(own) or 'none (a task is a .yaml file with a `task:` key)'}"
     raise FeedbackError(f"feedback.tasks: lm-eval knows no task {name!r}{hint}")
+
+
+def _keep_rows(loaded: Mapping[str, Any], name: str, rows: str) -> None:
+    """Leave a task only the items of `start:stop:step`; few-shot examples from the same split are among them.
+
+    Raises:
+        FeedbackError: `name` is a group, or no item is left.
+    """
+    if name not in loaded["tasks"]:
+        raise FeedbackError(f"feedback.rows: {name} is a group; name its tasks instead")
+    task = loaded["tasks"][name]
+    split = task.config.test_split if task.has_test_docs() else task.config.validation_split
+    items = task.dataset[split]
+    kept = range(len(items))[slice(*(int(part) if part else None for part in rows.split(":")))]
+    if not kept:
+        raise FeedbackError(f"feedback.rows: {name} has {len(items)} items, and {rows} leaves none of them")
+    task.dataset[split] = items.select(kept)
 
 
 def _stands_in(file: Path | None, folder: Path) -> bool:

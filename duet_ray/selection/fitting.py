@@ -46,7 +46,8 @@ def scoring_model(context: SelectionContext) -> Iterator[ScoringModel]:
     """
     model, tokenizer = context.load_base()
     settings = context.settings
-    own: dict[str, Any] = {name: value for name in ("epochs", "target_modules") if (value := getattr(settings, name))}
+    own = settings.fit.given
+    own |= {name: value for name in ("epochs", "target_modules") if (value := getattr(settings, name))}
     if settings.surrogate is not None:
         own["layers"] = None  # The numbers are of the study's model.
     # Scores are those of an adapter, also where the samples train every weight.

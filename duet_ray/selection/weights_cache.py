@@ -74,7 +74,7 @@ def weights_key(domain: Any, config: StudyConfig, identity: str | None = None) -
         if method.fits:
             # LESS and TracIn have a number of epochs of their own.
             default = None if settings.method in ("less", "tracin") else config.training.epochs
-            own = {"epochs": settings.epochs or default, "method": "lora"}
+            own = {**settings.fit.given, "epochs": settings.epochs or default, "method": "lora"}
             inputs["training"] = config.training.model_dump(mode="json", exclude=_NOT_IN_FIT) | own
             if config.training.layers is None:
                 del inputs["training"]["layers"]  # as before there was such a setting

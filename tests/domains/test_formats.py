@@ -154,3 +154,74 @@ def test_prompt_completion_and_key():
     assert parse({"prompt": "ab", "completion": "c"}, "prompt_completion").key != (
         parse({"prompt": "a", "completion": "bc"}, "prompt_completion").key
     )
+
+
+PUBMED = {"context": {"contexts": ["one", "two"], "labels": ["A", "B"]}, "question": "is it?", "decision": "yes"}
+HEADQA = {"qtext": "which?", "ra": 2, "answers": [{"aid": 1, "atext": "no"}, {"aid": 2, "atext": "this"}]}
+COMMONSENSE = {"question": "which?", "choices": {"label": ["A", "B"], "text": ["no", "this"]}, "answerKey": "B"}
+HELLASWAG = {"ctx": "then", "endings": ["no", "this"], "label": "1"}
+
+
+@pytest.mark.parametrize(
+    ("format", "data", "columns", "expected"),
+    [
+        ("prompt_completion", {"q": "q", "answer": {"value": "a"}}, {"prompt": "q", "completion": "answer.value"},
+         ("q", "a")),
+        ("prompt_completion", PUBMED,
+         {"prompt": "{context.contexts}\nQuestion: {question}", "completion": "decision"},
+         ("one\ntwo\nQuestion: is it?", "yes")),
+        ("prompt_completion", {"a.b": "by name", "a": {"b": "by path"}}, {"prompt": "a.b", "completion": "{a.b} {a.b}"},
+         ("by name", "by name by name")),
+        ("prompt_completion", {"n": 7, "completion": "a"}, {"prompt": "number {n}: {{"}, ("number 7: {{", "a")),
+        ("multiple_choice", {"question": "q", "choices": ["no", "this"], "answer": 1}, {}, ("q", "this")),
+        ("multiple_choice", {"question": "q", "choices": '["no", "this"]', "answer": "1"}, {}, ("q", "this")),
+        ("multiple_choice", HELLASWAG, {"question": "ctx", "choices": "endings", "answer": "label"}, ("then", "this")),
+        ("multiple_choice", HEADQA,
+         {"question": "Q: {qtext}", "choices": "answers.atext", "labels": "answers.aid", "answer": "ra"},
+         ("Q: which?", "this")),
+        ("multiple_choice", COMMONSENSE,
+         {"choices": "choices.text", "labels": "choices.label", "answer": "answerKey"}, ("which?", "this")),
+    ],
+)  # fmt: skip
+def test_nested_columns_texts_of_columns_and_choices(format, data, columns, expected):
+    assert turns(parse(data, format, columns)) == [("user", expected[0]), ("assistant", expected[1])]
+
+
+@pytest.mark.parametrize(
+    ("format", "data", "columns", "reason"),
+    [
+        ("prompt_completion", {"q": "q", "answer": {"valeu": "a"}}, {"prompt": "q", "completion": "answer.value"},
+         "column 'answer.value' not found"),
+        ("prompt_completion", {"q": "q", "answer": None}, {"prompt": "q", "completion": "answer.value"},
+         "column 'answer.value' not found"),
+        ("prompt_completion", {"q": None, "completion": "a"}, {"prompt": "Q: {q}"}, "column 'Q: {q}' not found"),
+        ("prompt_completion", {"q": [["deep"]], "completion": "a"}, {"prompt": "Q: {q}"},
+         "column 'q' must be text, got list"),
+        ("prompt_completion", {"q": ["list"], "completion": "a"}, {"prompt": "q"}, "column 'q' must be text, got list"),
+        ("multiple_choice", {"question": "q", "choices": "no list", "answer": 0}, {},
+         "column 'choices' must be a list"),
+        ("multiple_choice", {"question": "q", "choices": ["a", "b"], "answer": 2}, {},
+         "answer must be one of 0, 1, got '2'"),
+        ("multiple_choice", {"question": "q", "choices": ["a", "b"], "answer": True}, {},
+         "answer must be one of 0, 1, got 'True'"),
+        ("multiple_choice", {"question": "q", "choices": ["a", "b"], "labels": ["A"], "answer": "A"}, {},
+         "there are 2 choices and 1 labels"),
+        ("multiple_choice", {"question": "q", "choices": ["a", "b"], "labels": ["A", "A"], "answer": "A"}, {},
+         "answer must be one of A, A, got 'A'"),
+        ("multiple_choice", {"question": "q", "choices": ["a", " "], "answer": 1}, {},
+         "the right choice is empty: nothing to learn"),
+        ("multiple_choice", {"question": "q", "choices": ["a", 3], "answer": 1}, {},
+         "the right choice must be text, got int"),
+    ],
+)  # fmt: skip
+def test_what_leads_nowhere_is_a_bad_row(format, data, columns, reason):
+    assert parse(data, format, columns) == BadRow("f", 1, reason)
+
+
+def test_nested_columns_out_of_a_file_of_columns(tmp_path):
+    pq.write_table(pa.Table.from_pylist([{**HEADQA, "other": 1}] * 3), tmp_path / "a.parquet")
+    columns = {"question": "qtext", "choices": "answers.atext", "labels": "answers.aid", "answer": "ra"}
+    rows = list(read_rows([tmp_path / "a.parquet"], "multiple_choice", columns))
+    assert [row.completion for row in rows] == ["this"] * 3
+    with pytest.raises(DataError, match=r"column 'qtxt' not found in any row; columns there: qtext, ra"):
+        list(read_rows([tmp_path / "a.parquet"], "multiple_choice", {**columns, "question": "qtxt"}))

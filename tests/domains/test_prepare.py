@@ -357,3 +357,23 @@ def test_held_out_two_rows():
 def test_tokenizers_that_differ_have_other_identities(plain_tokenizer):
     assert tokenizer_identity(plain_tokenizer) == tokenizer_identity(make_tokenizer())
     assert tokenizer_identity(plain_tokenizer) != tokenizer_identity(make_tokenizer(bos=True))
+
+
+def test_some_rows_of_a_source_and_a_bound_on_bad_rows_of_its_own(tmp_path, study, plain_tokenizer):
+    rows = questions(12)
+    rows[1] = rows[3] = {"prompt": "p", "completion": ""}
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    every = {"name": "a", "source": "a.jsonl", "max_bad_rows": 2}
+    (whole,) = prepare_domains(study(every), plain_tokenizer)
+    assert (whole.report.n_read, whole.report.n_bad) == (12, 2)
+    (half,) = prepare_domains(study({**every, "rows": "::2"}), plain_tokenizer)
+    assert half.fingerprint != whole.fingerprint
+    seen = prompts(half.train) + prompts(half.validation)
+    assert sorted(seen) == sorted(q["prompt"] for q in questions(12)[::2])
+    (other,) = prepare_domains(study({**every, "rows": "1:8:2"}), plain_tokenizer)
+    assert sorted(t["line"] for t in other.train.texts(range(len(other.train)))) <= [6, 8]
+    assert other.report.n_read == 4
+    with pytest.raises(DataErrors, match=r"2 of 12 rows are bad, more than domains\[0\].max_bad_rows = 0.1 allows"):
+        prepare_domains(study({**every, "max_bad_rows": 0.1}), plain_tokenizer)
+    with pytest.raises(DataErrors, match=r"2 of 12 rows are bad, more than data.max_bad_rows = 0.01 allows"):
+        prepare_domains(study({"name": "a", "source": "a.jsonl"}), plain_tokenizer)

@@ -83,6 +83,30 @@ class TestMeasure:
         assert both.stderr == pytest.approx(np.hypot(one.stderr, 3 * two.stderr) / 4)
         assert both.metrics["two: acc,none"] == two.value
 
+    def test_every_task_has_its_own_metric_if_it_is_given_one(self, tmp_path, model, tokenizer):
+        items = [*ITEMS, {"question": "it", "choices": ["a much longer right answer than that", "b"], "answer": 0}] * 2
+        write_task(tmp_path / "tasks", "one", items)
+        write_task(tmp_path / "tasks", "two", items[1:])
+        tasks = {"one": 1, "two": 1}
+        metrics = {"one": "acc,none", "two": "acc_norm,none"}
+        mixed = lm_eval(tmp_path, tasks, metric=metrics).measure(model, tokenizer, seed=0)
+        values = [lm_eval(tmp_path, {n: 1}, metric=m).measure(model, tokenizer, seed=0) for n, m in metrics.items()]
+        assert mixed.value == pytest.approx((values[0].value + values[1].value) / 2)
+        assert mixed.stderr == pytest.approx(np.hypot(values[0].stderr, values[1].stderr) / 2)
+        swapped = lm_eval(tmp_path, tasks, metric={"one": "acc_norm,none", "two": "acc,none"})
+        assert swapped.measure(model, tokenizer, seed=0).value != mixed.value, "or the test shows nothing"
+
+    def test_some_items_of_a_task(self, tmp_path, model, tokenizer):
+        write_task(tmp_path / "tasks", "whole", ITEMS)
+        write_task(tmp_path / "tasks", "half", ITEMS[1::2])
+        some = lm_eval(tmp_path, {"whole": 1}, rows={"whole": "1::2"})
+        assert some.check() == []
+        assert list(some.task_texts()) == ["two and two", "ice is"]
+        half = lm_eval(tmp_path, {"half": 1}).measure(model, tokenizer, seed=0)
+        assert some.measure(model, tokenizer, seed=0) == half
+        with pytest.raises(FeedbackError, match=r"feedback.rows: whole has 4 items, and 9: leaves none of them"):
+            lm_eval(tmp_path, {"whole": 1}, rows={"whole": "9:"}).check()
+
     def test_limit_and_texts(self, tmp_path, model, tokenizer):
         write_task(tmp_path / "tasks")
         source = lm_eval(tmp_path, limit=2)

@@ -209,3 +209,17 @@ def test_a_model_is_known_by_its_content_and_not_by_its_place(tmp_path):
 def test_a_hub_model_is_known_by_id_and_revision(tmp_path):
     hub = {"path": "owner/name", "revision": "abc"}
     assert model_identity(study(tmp_path, model=hub)) == "owner/name@abc:bfloat16"
+
+
+def test_a_study_that_trains_otherwise_finds_the_scores_by_naming_their_settings(folder):
+    """`selection.fit` is what `training` is in the study that scored: the same key, and else another one."""
+    lora = {"rank": 8, "alpha": 4, "dropout": 0.1, "learning_rate": 1e-3, "batch_size": 4, "schedule": "constant"}
+    scored_by = weights_key(DOMAIN, study(folder, training=lora))
+    full = {"method": "full", "epochs": 3, "learning_rate": 1e-5, "batch_size": 32, "weight_decay": 0.1}
+    fit = {**lora, "weight_decay": 0.0}
+    assert weights_key(DOMAIN, study(folder, training=full, fit=fit, epochs=1)) == scored_by
+    for name in fit:
+        less = {key: value for key, value in fit.items() if key != name}
+        assert weights_key(DOMAIN, study(folder, training=full, fit=less, epochs=1)) != scored_by, name
+    assert weights_key(DOMAIN, study(folder, training=full, fit=fit)) != scored_by, "three epochs"
+    assert weights_key(DOMAIN, study(folder, training=lora, fit={"rank": 8})) == scored_by
