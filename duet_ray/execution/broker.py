@@ -25,7 +25,7 @@ SILENCE_SECONDS = 60.0
 """A group that has not been heard of for this long is lost: its node may be gone without a word."""
 
 START_SECONDS = 900.0
-"""With no group heard of for this long after the start, something is wrong with the cluster, not with a group."""
+"""With no group heard of for this long, something is wrong with the cluster, not with a group."""
 
 LONG_SECONDS, TIMES_LONGEST = 86_400.0, 10.0
 """Where the study file does not say how long a task may take: `TIMES_LONGEST` the longest of its kind so far, and never
@@ -105,6 +105,8 @@ class Pulse:
     in_flight: tuple[InFlight, ...]
     hung: tuple[Place, ...] = ()
     """Processes to end: theirs is a group that is taken for lost."""
+    given_up: tuple[str, ...] = ()
+    """Groups that will not be waited for any more, and why."""
 
 
 @dataclass
@@ -138,6 +140,7 @@ class _Group:
     busy_since: float = 0.0
     """When it was given, or ended, its last task."""
     barren_starts: int = 0
+    is_given_up: bool = False
 
 
 class Broker:
@@ -157,6 +160,7 @@ class Broker:
         # One task may kill its worker until its retries are used up; a second one in a row is no accident.
         self._max_barren_starts = max(4, 2 * (max_retries + 1))
         self._hung: list[Place] = []
+        self._given_up: list[str] = []
         self._queue: deque[Task] = deque()
         self._leases: dict[str, _Lease] = {}
         self._held: dict[int, dict[str, _Lease]] = {}
@@ -167,7 +171,7 @@ class Broker:
         self._known: set[str] = set()
         self._groups: dict[int, _Group] = {}
         self._any_ready = False
-        self._started = time.monotonic()
+        self._last_alive = time.monotonic()
         self._n_leases = 0
         self._closed = False
         self._trouble: str | None = None
@@ -189,9 +193,10 @@ class Broker:
             self.group_lost(group)
             known = self._groups[group] = _Group(incarnation=incarnation, barren_starts=known.barren_starts + 1)
             if known.barren_starts > self._max_barren_starts:
-                self.close(
+                self._give_up(
+                    group,
                     f"group {group} started {self._max_barren_starts} times and died each time before it finished "
-                    f"anything; see logs/group-{group}.log in the study's folder. Is there enough memory?"
+                    f"anything; see logs/group-{group}.log in the study's folder. Is there enough memory?",
                 )
         known.heard[rank] = time.monotonic()
         if place is not None:
@@ -202,7 +207,10 @@ class Broker:
         self._any_ready = True
 
     def cannot_start(self, group: int, reason: str) -> None:
-        """A group could not load its model: the study's fault if no group ever could, else this group's alone."""
+        """A group could not load its model: the study's fault if no group ever could, else this group's alone.
+
+        One such group is started anew, maybe on another node, until it has died too often.
+        """
         if not self._any_ready:
             self.close(reason)
 
@@ -226,9 +234,14 @@ class Broker:
             elif stalled := [lease for lease in held if lease.is_stalled(now)]:
                 minutes = (now - stalled[0].moved) / 60
                 self._end_group(number, f"it made no training step for {minutes:.0f} minutes")
-        if not self._groups and now - self._started > START_SECONDS:
+        if any(group.incarnation is not None and not group.is_given_up for group in self._groups.values()):
+            self._last_alive = now
+        elif now - self._last_alive > START_SECONDS:
+            long = f"{START_SECONDS / 60:.0f} minutes"
             self.close(
-                f"no group of the fleet has started within {START_SECONDS / 60:.0f} minutes; is the cluster busy?"
+                f"no group of the fleet is alive for {long}: the nodes they ran on are gone, and no others came"
+                if self._groups
+                else f"no group of the fleet has started within {long}; is the cluster busy?"
             )
 
     def group_lost(self, group: int, reason: str = "its worker died") -> None:
@@ -363,7 +376,9 @@ class Broker:
             self.group_lost(group)
         self.sweep()
         hung, self._hung = tuple(self._hung), []
-        return Pulse(finished=tuple(self.finished_since(index)), in_flight=self.in_flight(), hung=hung)
+        given_up, self._given_up = tuple(self._given_up), []
+        finished = tuple(self.finished_since(index))
+        return Pulse(finished=finished, in_flight=self.in_flight(), hung=hung, given_up=given_up)
 
     def _holds(self, key: str, number: int) -> bool:
         return key in self._leases and self._leases[key].number == number
@@ -374,9 +389,18 @@ class Broker:
 
     def _verdict(self, group: int, incarnation: str) -> Literal["go on", "stop", "lost"]:
         """Whether this life of a group is to go on."""
-        if self._closed:
+        if self._closed or self._groups[group].is_given_up:
             return "stop"
         return "go on" if self._groups[group].incarnation == incarnation else "lost"
+
+    def _give_up(self, number: int, reason: str) -> None:
+        """Go on without a group, as long as there is another: one bad node is no reason to stop a study."""
+        self._groups[number].is_given_up = True
+        others = [group for group in self._groups.values() if not group.is_given_up]
+        if self._any_ready and others:
+            self._given_up.append(reason)
+        else:
+            self.close(reason)
 
     def _end_group(self, number: int, reason: str) -> None:
         """Take a group for lost, and have its processes ended: it comes back under another incarnation, or not."""

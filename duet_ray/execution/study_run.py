@@ -353,6 +353,8 @@ class StudyRun:
                 self._n_pumped += 1
         for place in pulse.hung:
             self._platform.end(place)
+        for reason in pulse.given_up:
+            log.warning("the study goes on without a group: %s", reason)
         if time.monotonic() >= self._next_renewal:
             self._next_renewal = time.monotonic() + RENEW_SECONDS
             self.store.renew()

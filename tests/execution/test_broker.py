@@ -168,6 +168,38 @@ def test_a_group_that_dies_at_every_start_is_named() -> None:
     assert "group 3 started 4 times and died each time before it finished anything" in (broker.trouble() or "")
 
 
+def test_one_bad_group_among_good_ones_is_given_up() -> None:
+    """A node that kills whatever starts there is no reason to stop a study that has others."""
+    broker = _broker(*"abcdefghij", max_retries=100)
+    _lease(broker, 0, "good")
+    broker.ready(0)
+    for life in range(203):
+        assert broker.trouble() is None
+        broker.register(3, f"life {life}")
+    assert broker.lease(3, "life 202")[0] == "stop", "it leaves"
+    assert broker.beat(0, "good") == "go on"
+    pulse = broker.pulse(0, [])
+    assert broker.trouble() is None
+    assert [reason.split(" and ")[0] for reason in pulse.given_up] == ["group 3 started 202 times"]
+    assert broker.pulse(0, []).given_up == (), "it is said once"
+    for life in range(203):
+        broker.register(0, f"life {life}")
+    assert "group 0 started 202 times" in (broker.trouble() or ""), "the last one is not given up in silence"
+
+
+def test_when_every_node_is_gone_the_study_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    broker = _broker("x", "y", max_retries=5)
+    _lease(broker)
+    _later(monkeypatch, SILENCE_SECONDS + 1)
+    broker.sweep()
+    assert broker.in_flight() == (), "its group was silent"
+    assert broker.trouble() is None, "another node may come"
+    _later(monkeypatch, START_SECONDS)
+    broker.sweep()
+    assert "no group of the fleet is alive for 15 minutes" in (broker.trouble() or "")
+    assert broker.outcomes(["x"]) is not None, "nobody waits for it any more"
+
+
 def test_a_group_that_finishes_things_may_die_often() -> None:
     broker = _broker(*"abcdefghij", max_retries=100)
     for life in range(10):
