@@ -14,7 +14,7 @@ FLOORS: list[set[str]] = [
     {"budget", "domains", "kept_models", "likelihood", "mixture", "reduce", "store"},
     {"training", "feedback"},
     {"selection", "search"},
-    {"preflight", "execution", "report"},
+    {"offline", "preflight", "execution", "report"},
     {"study"},
     {"cli"},
 ]

@@ -1,8 +1,9 @@
 """`duet validate`: find in seconds what would otherwise fail after an hour."""
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.table import Table
 
 from duet_ray.budget import cheapest
@@ -11,9 +12,19 @@ from duet_ray.cli.live import LogWatcher
 from duet_ray.config import AlsoConfig, StudyConfig
 
 
-def command(study: StudyFile, set_: Overrides = None, as_json: AsJson = False) -> None:
+def command(
+    study: StudyFile,
+    set_: Overrides = None,
+    as_json: AsJson = False,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Only what needs no hub, network or device; says what was not checked.")
+    ] = False,
+) -> None:
     """Read every source, check the task, the model, the memory and the resources."""
     opened = open_study(study, set_)
+    if offline:
+        _offline(opened.config, as_json)
+        return
     ready = opened.validate(LogWatcher())
     resources = _resource_problems(ready.config)
     estimate = _time_estimate(ready)
@@ -31,6 +42,30 @@ def command(study: StudyFile, set_: Overrides = None, as_json: AsJson = False) -
         say(f"plan: {line}")
     say(f"time: {estimate.describe()}" if estimate else "time: not known, since what it will run on is not here")
     say(f"{config.name} is ready: duet run {study}")
+
+
+def _offline(config: StudyConfig, as_json: bool) -> None:
+    from duet_ray.offline import check_offline
+
+    found = check_offline(config)
+    if as_json:
+        print_json(
+            {
+                "ok": True,
+                "name": config.name,
+                "plan": _plan(config),
+                "checked": list(found.checked),
+                "not_checked": list(found.not_checked),
+            }
+        )
+        return
+    for line in found.checked:
+        say(f"checked: {line}")
+    for line in _plan(config):
+        say(f"plan: {line}")
+    for line in found.not_checked:
+        say(f"not checked: {line}")
+    say(f"{config.name} is well-formed; `duet validate` without --offline checks the rest where the hub can be reached")
 
 
 def _plan(config: StudyConfig) -> list[str]:
@@ -71,10 +106,10 @@ def _resource_problems(config: Any) -> list[str]:
     import torch
 
     from duet_ray.errors import ResourceError
-    from duet_ray.execution.fleet import check_resources
+    from duet_ray.execution.ray_session import check_resources
 
     try:
-        check_resources(config, {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())})
+        check_resources(config, [{"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}])
     except ResourceError as error:
         return [f"this machine is not enough: {line}" for line in str(error).splitlines()]
     return []
