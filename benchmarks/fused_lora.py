@@ -2,11 +2,13 @@
 
     OMP_NUM_THREADS=1 python benchmarks/fused_lora.py
     OMP_NUM_THREADS=1 python benchmarks/fused_lora.py --model .demo/model --rows 16 --k 1 2 4
+    python benchmarks/fused_lora.py --shape 1b --rows 32 --tokens 64 256 --micro-batch-size 8
 
 For every k: `train_fused` with k samples, `LoraTrainer` with one after the other in one process, and k processes with a
 base each, of which as many run at once as the machine has cores (`--processes`; on a GPU all k). A run is a process of
 its own, or several, forked from one that holds no model; each loads the base and trains a short sample that is not
-counted; then all start at once. Time is from then to the last adapter written; tokens are counted without padding.
+counted; then all start at once. Time is from then to the last adapter written; tokens are counted without padding. On
+a GPU, whose memory can be emptied between runs, one process does all of the first two contenders' runs.
 
 Memory is the highest of the run, above that of a process without the model: `torch.cuda`'s of allocated tensors on a
 GPU (the CUDA context of each process is not in it), else the resident set, summed over processes. Beside it what it
@@ -32,7 +34,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -42,6 +45,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from memory import SHAPES, made_up
 from small_domain import machine, repeating_rows, tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -61,6 +65,7 @@ class Case:
     """The model, the samples and how they are trained."""
 
     model: str | None
+    shape: str | None
     dtype: str
     training: TrainingConfig
     n_rows: int
@@ -69,14 +74,18 @@ class Case:
     threads: int
 
     def load(self) -> Any:
-        if self.model is None:
-            model: Any = tiny_llama(self.vocab_size, seed=0).to(getattr(torch, self.dtype))
+        if self.shape is not None:
+            model: Any = made_up(SHAPES[self.shape], self.dtype, self.device)
+        elif self.model is None:
+            model = tiny_llama(self.vocab_size, seed=0).to(getattr(torch, self.dtype))
         else:
             model = AutoModelForCausalLM.from_pretrained(self.model, dtype=getattr(torch, self.dtype))
         return model.to(self.device).requires_grad_(False).eval()
 
     @property
     def vocab_size(self) -> int:
+        if self.shape is not None:
+            return int(SHAPES[self.shape]["vocab_size"])
         return 512 if self.model is None else int(AutoConfig.from_pretrained(self.model).vocab_size)
 
     def rows(self, index: int) -> Sequence[TokenRow]:
@@ -164,33 +173,33 @@ def serve(connection: Connection, case: Case, folder: Path) -> None:
     while (job := connection.recv()) is not None:
         is_fused, indices = job
         rows = {index: case.rows(index) for index in indices}
-        memory.start()
-        cpu = time.process_time()
-        if is_fused:
-            samples = [FusedSample(rows=rows[i], seed=i, folder=folder / f"fused{i}") for i in indices]
-            reports = train_fused(model, TOKENIZER, case.training, samples)
-        else:
-            reports = []
-            for index in indices:
-                reports.append(trainer.train(rows[index], seed=index))
-                trainer.save(folder / f"alone{index}")
-            trainer.reset()
-        if case.device == "cuda":
-            torch.cuda.synchronize()
-        failed = [r for r in reports if not isinstance(r, TrainReport)]
-        if failed:
-            raise failed[0]
-        connection.send(Done(cpu_seconds=time.process_time() - cpu, peak_mib=memory.mib(), reports=reports))
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            memory.start()
+            cpu = time.process_time()
+            if is_fused:
+                samples = [FusedSample(rows=rows[i], seed=i, folder=Path(place) / str(i)) for i in indices]
+                reports = train_fused(model, TOKENIZER, case.training, samples)
+            else:
+                reports = []
+                for index in indices:
+                    reports.append(trainer.train(rows[index], seed=index))
+                    trainer.save(Path(place) / str(index))
+                trainer.reset()
+            if case.device == "cuda":
+                torch.cuda.synchronize()
+            failed = [r for r in reports if not isinstance(r, TrainReport)]
+            if failed:
+                raise failed[0]
+            connection.send(Done(cpu_seconds=time.process_time() - cpu, peak_mib=memory.mib(), reports=reports))
 
 
-def run(case: Case, k: int, contender: str, n_at_once: int) -> tuple[Run, Ready]:
-    """One measurement, in processes of its own."""
+@contextmanager
+def processes(case: Case, n: int) -> Iterator[tuple[list[Connection], Ready]]:
+    """`n` processes that wait for jobs, and what the first says of the base."""
     context = multiprocessing.get_context("fork")
-    n_processes = min(k, n_at_once) if contender == PROCESSES else 1
-    jobs = [(False, [i]) for i in range(k)] if contender == PROCESSES else [(contender == FUSED, list(range(k)))]
+    ours, workers = [], []
     with tempfile.TemporaryDirectory() as folder:
-        ours, workers = [], []
-        for _ in range(n_processes):
+        for _ in range(n):
             one, other = context.Pipe()
             process = context.Process(target=serve, args=(other, case, Path(folder)), daemon=True)
             process.start()
@@ -198,36 +207,41 @@ def run(case: Case, k: int, contender: str, n_at_once: int) -> tuple[Run, Ready]
             ours.append(one)
             workers.append(process)
         (ready, *_) = [connection.recv() for connection in ours]
-        started = time.perf_counter()
-        done: dict[Connection, list[Done]] = {connection: [] for connection in ours}
-        busy = []
-        for connection in ours:
-            connection.send(jobs.pop(0))
-            busy.append(connection)
-        while busy:
-            for connection in wait(busy):
-                assert isinstance(connection, Connection)
-                done[connection].append(connection.recv())
-                if jobs:
-                    connection.send(jobs.pop(0))
-                else:
-                    busy.remove(connection)
-        seconds = time.perf_counter() - started
+        yield ours, ready
         for connection, process in zip(ours, workers, strict=True):
             connection.send(None)
             process.join()
+
+
+def run(k: int, contender: str, ours: Sequence[Connection]) -> Run:
+    """One measurement, in waiting processes."""
+    jobs = [(False, [i]) for i in range(k)] if contender == PROCESSES else [(contender == FUSED, list(range(k)))]
+    started = time.perf_counter()
+    done: dict[Connection, list[Done]] = {connection: [] for connection in ours}
+    busy = []
+    for connection in ours:
+        connection.send(jobs.pop(0))
+        busy.append(connection)
+    while busy:
+        for connection in wait(busy):
+            assert isinstance(connection, Connection)
+            done[connection].append(connection.recv())
+            if jobs:
+                connection.send(jobs.pop(0))
+            else:
+                busy.remove(connection)
+    seconds = time.perf_counter() - started
     reports = [report for several in done.values() for one in several for report in one.reports]
-    found = Run(
+    return Run(
         k=k,
         contender=contender,
-        n_at_once=n_processes,
+        n_at_once=len(ours),
         seconds=seconds,
         cpu_seconds=sum(one.cpu_seconds for several in done.values() for one in several),
         peak_mib=sum(max(one.peak_mib for one in several) for several in done.values()),
         n_tokens=sum(report.n_tokens for report in reports),
         losses=sorted(report.last_loss for report in reports),
     )
-    return found, ready
 
 
 def table(runs: Sequence[Run], ready: Ready) -> list[dict[str, Any]]:
@@ -289,6 +303,7 @@ def quiet() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", help="a model folder; a Llama of two layers, hidden width 64, if not given")
+    parser.add_argument("--shape", choices=SHAPES, help="random weights in the shape of a well-known model")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="bfloat16 on a GPU, else float32")
     parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--rows", type=int, default=256, help="of every sample")
@@ -301,12 +316,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="of every process")
     parser.add_argument("--processes", type=int, help="at once; all of them on a GPU, else as many as cores")
+    parser.add_argument("--contenders", nargs="+", default=[FUSED, SEQUENTIAL, PROCESSES], metavar="NAME")
     parser.add_argument("--csv", type=Path, help="write every single run there")
     args = parser.parse_args()
     quiet()
     device = device_of_a_child()
     case = Case(
         model=args.model,
+        shape=args.shape,
         dtype=args.dtype or ("bfloat16" if device == "cuda" else "float32"),
         training=TrainingConfig(
             method="lora",
@@ -327,13 +344,21 @@ def main() -> None:
     threads = "one thread" if args.threads == 1 else f"{args.threads} threads"
     print(f"{case.dtype}, {threads} a process, medians of {args.repeats}.\n", flush=True)
     runs: list[Run] = []
-    for _ in range(args.repeats):
-        for k in args.k:
-            for contender in (FUSED, SEQUENTIAL, PROCESSES):
-                found, ready = run(case, k, contender, n_at_once)
-                runs.append(found)
-                shown = f"{found.n_tokens / found.seconds:.1f} tokens / s, {found.peak_mib:.0f} MiB"
-                print(f"k = {k}, {contender}: {shown}", file=sys.stderr, flush=True)
+    with ExitStack() as stack:
+        kept = stack.enter_context(processes(case, 1)) if device == "cuda" else None
+        for _ in range(args.repeats):
+            for k in args.k:
+                for contender in args.contenders:
+                    if contender == PROCESSES or kept is None:
+                        n = min(k, n_at_once) if contender == PROCESSES else 1
+                        with processes(case, n) as (ours, ready):
+                            found = run(k, contender, ours)
+                    else:
+                        ours, ready = kept
+                        found = run(k, contender, ours)
+                    runs.append(found)
+                    shown = f"{found.n_tokens / found.seconds:.1f} tokens / s, {found.peak_mib:.0f} MiB"
+                    print(f"k = {k}, {contender}: {shown}", file=sys.stderr, flush=True)
     if args.csv:
         with args.csv.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, fieldnames=list(asdict(runs[0])))

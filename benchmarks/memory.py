@@ -2,15 +2,18 @@
 
     OMP_NUM_THREADS=1 python benchmarks/memory.py
     OMP_NUM_THREADS=1 python benchmarks/memory.py --methods fused full
-    python benchmarks/memory.py --device cuda --model some/larger/model
+    python benchmarks/memory.py --device cuda --shape 1b --at-once 3
 
 Every setting trains two optimizer steps (the second has Adam's states) in a process of its own. Measured is the peak of
 that process's resident memory on a CPU, and of what torch allocated on a GPU. A CPU process is some hundred MiB before
 it has a model, so the model's own part is compared too: the peak less what the imports took. Rows are random tokens of
 one length, all of them in the loss, which is the worst case that the estimate is for.
 
-A large model is `--model` (a local folder); a tiny Llama is made for the others. `ratio` is estimated / measured:
-above 1 is on the safe side.
+A large model is `--model` (a local folder), or one of random weights in the shape of a well-known one (`--shape`); a
+tiny Llama is made for the others. `ratio` is estimated / measured: above 1 is on the safe side.
+
+On a GPU the settings are larger. The last columns are what torch's allocator held of the GPU, and what the GPU lost to
+the process in all, CUDA itself included: exact only where nothing else uses that GPU (`--at-once 1`).
 """
 
 import argparse
@@ -23,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -56,6 +60,53 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"dtype": "bfloat16", "n_tokens": 128, "micro_batch_size": 4, "method": "full", "zero": {"stage": 3}},
 )
 
+_GPU: dict[str, Any] = {"dtype": "bfloat16", "n_tokens": 512, "micro_batch_size": 8}
+GPU_SETTINGS: tuple[dict[str, Any], ...] = (
+    _GPU | {"n_tokens": 128},
+    _GPU,
+    _GPU | {"micro_batch_size": 16},
+    _GPU | {"n_tokens": 2048},
+    _GPU | {"gradient_checkpointing": True},
+    _GPU | {"n_tokens": 2048, "gradient_checkpointing": True},
+    _GPU | {"rank": 128},
+    _GPU | {"target_modules": ["q_proj", "v_proj"]},
+    _GPU | {"dropout": 0.05},
+    _GPU | {"dtype": "float32"},
+    _GPU | {"dtype": "float32", "dropout": 0.05},
+    _GPU | {"fuse": 4, "n_tokens": 256},
+    _GPU | {"fuse": 8, "n_tokens": 256},
+    _GPU | {"fuse": 8, "n_tokens": 128, "rank": 128, "dropout": 0.05},
+    _GPU | {"fuse": 8, "gradient_checkpointing": True},
+    _GPU | {"method": "full"},
+    _GPU | {"method": "full", "gradient_checkpointing": True},
+    _GPU | {"method": "full", "zero": {"stage": 1}, "n_tokens": 128},
+    _GPU | {"method": "full", "zero": {"stage": 3}, "n_tokens": 128},
+    _GPU | {"method": "full", "zero": {"offload_optimizer": True}, "n_tokens": 128},
+    _GPU | {"method": "full", "dtype": "float32", "n_tokens": 128},
+)
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "1b": {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+    },
+    "135m": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
+}
+"""Of Llama-3.2-1B and of SmolLM2-135M."""
+
 
 def study_of(setting: dict[str, Any], model: Path, device: str) -> StudyConfig:
     """The study file of a setting: only the model and the training matter here."""
@@ -75,22 +126,40 @@ def study_of(setting: dict[str, Any], model: Path, device: str) -> StudyConfig:
 
 def write_tiny(folder: Path) -> Path:
     """An untrained Llama of 2 layers, hidden size 64 and 4,096 tokens, of which the first are letters."""
+    shape = {
+        "vocab_size": 4096,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+    }
+    return write_model(folder, shape)
+
+
+def made_up(shape: dict[str, Any], dtype: str = "float32", device: str = "cpu") -> Any:
+    """A Llama of random weights."""
     import torch
-    from tokenizers import Tokenizer
-    from tokenizers.models import BPE
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    about = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-    )
-    LlamaForCausalLM(about).save_pretrained(folder)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        with torch.device(device):
+            return LlamaForCausalLM(LlamaConfig(**shape))
+    finally:
+        torch.set_default_dtype(before)
+
+
+def write_model(folder: Path, shape: dict[str, Any], dtype: str = "float32", device: str = "cpu") -> Path:
+    """A Llama of random weights with a tokenizer that has letters and no words, as a model folder."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    made_up(shape, dtype, device).save_pretrained(folder)
     letters = ["<pad>", "<eos>", "<unk>", "\n", *map(chr, range(32, 127))]
     vocabulary = {token: i for i, token in enumerate([*letters, *(f"t{i}" for i in range(len(letters), 4096))])}
     tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
@@ -147,8 +216,12 @@ def measure(config: StudyConfig, device: str) -> dict[str, float]:
             samples = [FusedSample(rows=rows(), seed=s, folder=Path(folder) / str(s)) for s in range(training.fuse)]
             if failed := [r for r in train_fused(model, tokenizer, training, samples) if isinstance(r, Exception)]:
                 raise failed[0]
-    train = torch.cuda.max_memory_allocated() if device == "cuda" else peak_bytes()
-    return {"imports": 0 if device == "cuda" else imports, "load": load, "train": train}
+    if device == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        held = torch.cuda.max_memory_reserved()
+        lost = total - free - torch.cuda.memory_reserved() + held
+        return {"imports": 0, "load": load, "train": torch.cuda.max_memory_allocated(), "held": held, "lost": lost}
+    return {"imports": imports, "load": load, "train": peak_bytes()}
 
 
 def measure_apart(setting: dict[str, Any], model: Path, device: str) -> dict[str, float]:
@@ -164,7 +237,9 @@ def measure_apart(setting: dict[str, Any], model: Path, device: str) -> dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path(".demo/model"))
+    parser.add_argument("--shape", choices=SHAPES, help="random weights in this shape, instead of a model")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--at-once", type=int, default=1, help="settings that are measured at the same time")
     parser.add_argument("--skip", type=int, default=0, help="so many settings to leave out at the beginning")
     parser.add_argument("--methods", nargs="+", default=["lora", "fused", "full"])
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
@@ -177,18 +252,29 @@ def main() -> None:
     where = platform.machine() if asked.device == "cpu" else gpu_name()
     print(f"{where}, {os.cpu_count()} cores, Python {platform.python_version()},", end=" ")
     print(", ".join(f"{name} {importlib.metadata.version(name)}" for name in names), f"({time.strftime('%Y-%m-%d')})\n")
-    print("| model | type | method | rows x tokens | measured GiB | estimated GiB | ratio | model's part, ratio |")
-    print("|---|---|---|---|---|---|---|---|")
+    header = "| model | type | method | rows x tokens | measured GiB | estimated GiB | ratio | model's part, ratio |"
+    header += " held GiB | lost GiB |" if asked.device == "cuda" else ""
+    print(header + "\n|" + "---|" * (header.count("|") - 1))
     with tempfile.TemporaryDirectory() as folder:
         tiny = write_tiny(Path(folder) / "tiny")
-        for setting in SETTINGS[asked.skip :]:
-            kind = "fused" if setting.get("fuse", 1) > 1 else setting.get("method", "lora")
-            if kind not in asked.methods:
-                continue
-            model = tiny if setting.get("model") == TINY else asked.model
+        large = asked.model
+        if asked.shape:
+            large = write_model(Path(folder) / asked.shape, SHAPES[asked.shape], "bfloat16", asked.device)
+
+        def measured_line(setting: dict[str, Any]) -> str:
+            model = tiny if setting.get("model") == TINY else large
             measured = measure_apart(setting, model, asked.device)
-            estimate = estimate_memory(study_of(setting, model, asked.device))
-            print(line(setting, model.name, measured, estimate), flush=True)
+            return line(setting, model.name, measured, estimate_memory(study_of(setting, model, asked.device)))
+
+        settings = (SETTINGS if asked.device == "cpu" else GPU_SETTINGS)[asked.skip :]
+        with ThreadPoolExecutor(asked.at_once) as pool:
+            for found in pool.map(measured_line, [s for s in settings if kind(s) in asked.methods]):
+                print(found, flush=True)
+
+
+def kind(setting: dict[str, Any]) -> str:
+    """What `--methods` calls it."""
+    return "fused" if setting.get("fuse", 1) > 1 else setting.get("method", "lora")
 
 
 def line(setting: dict[str, Any], model: str, measured: dict[str, float], estimate: MemoryEstimate) -> str:
@@ -196,13 +282,14 @@ def line(setting: dict[str, Any], model: str, measured: dict[str, float], estima
     own = peak - measured["imports"]
     guess = estimate.total_gib
     guess_own = guess - (PROCESS_GIB["cpu"] if estimate.device == "cpu" else 0)
-    extras = ["rank", "fuse", "target_modules", "zero"]
+    extras = ["rank", "dropout", "fuse", "target_modules", "zero"]
     method = " ".join([setting.get("method", "lora"), *(f"{k} {setting[k]}" for k in extras if k in setting)])
     method += ", checkpointing" if setting.get("gradient_checkpointing") else ""
     shape = f"{setting['micro_batch_size']} x {setting['n_tokens']}"
+    on_gpu = f" {measured['held'] / GIB:.2f} | {measured['lost'] / GIB:.2f} |" if "held" in measured else ""
     return (
         f"| {model} | {setting['dtype']} | {method} | {shape} | {peak / GIB:.2f} | {guess:.2f} | "
-        f"{guess * GIB / peak:.2f} | {guess_own * GIB / own:.2f} |"
+        f"{guess * GIB / peak:.2f} | {guess_own * GIB / own:.2f} |{on_gpu}"
     )
 
 
