@@ -60,29 +60,27 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"dtype": "bfloat16", "n_tokens": 128, "micro_batch_size": 4, "method": "full", "zero": {"stage": 3}},
 )
 
-_GPU: dict[str, Any] = {"dtype": "bfloat16", "n_tokens": 512, "micro_batch_size": 8}
+_GPU: dict[str, Any] = {"dtype": "bfloat16", "n_tokens": 512, "micro_batch_size": 4}
 GPU_SETTINGS: tuple[dict[str, Any], ...] = (
     _GPU | {"n_tokens": 128},
     _GPU,
-    _GPU | {"micro_batch_size": 16},
-    _GPU | {"n_tokens": 2048},
+    _GPU | {"micro_batch_size": 8},
+    _GPU | {"micro_batch_size": 2, "n_tokens": 2048},
     _GPU | {"gradient_checkpointing": True},
-    _GPU | {"n_tokens": 2048, "gradient_checkpointing": True},
+    _GPU | {"micro_batch_size": 2, "n_tokens": 2048, "gradient_checkpointing": True},
     _GPU | {"rank": 128},
     _GPU | {"target_modules": ["q_proj", "v_proj"]},
     _GPU | {"dropout": 0.05},
     _GPU | {"dtype": "float32"},
-    _GPU | {"dtype": "float32", "dropout": 0.05},
-    _GPU | {"fuse": 4, "n_tokens": 256},
-    _GPU | {"fuse": 8, "n_tokens": 256},
-    _GPU | {"fuse": 8, "n_tokens": 128, "rank": 128, "dropout": 0.05},
-    _GPU | {"fuse": 8, "gradient_checkpointing": True},
+    _GPU | {"fuse": 4, "n_tokens": 128},
+    _GPU | {"fuse": 8, "n_tokens": 128},
+    _GPU | {"fuse": 8, "n_tokens": 64, "rank": 128, "dropout": 0.05},
+    _GPU | {"fuse": 8, "n_tokens": 128, "gradient_checkpointing": True},
     _GPU | {"method": "full"},
-    _GPU | {"method": "full", "gradient_checkpointing": True},
-    _GPU | {"method": "full", "zero": {"stage": 1}, "n_tokens": 128},
-    _GPU | {"method": "full", "zero": {"stage": 3}, "n_tokens": 128},
-    _GPU | {"method": "full", "zero": {"offload_optimizer": True}, "n_tokens": 128},
-    _GPU | {"method": "full", "dtype": "float32", "n_tokens": 128},
+    _GPU | {"method": "full", "n_tokens": 128, "zero": {"stage": 1}},
+    _GPU | {"method": "full", "n_tokens": 128, "zero": {"stage": 3}},
+    _GPU | {"method": "full", "n_tokens": 128, "zero": {"offload_optimizer": True}},
+    _GPU | {"method": "full", "n_tokens": 128, "dtype": "float32"},
 )
 
 SHAPES: dict[str, dict[str, Any]] = {
