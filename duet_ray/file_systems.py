@@ -21,7 +21,8 @@ NETWORK_FUSE = frozenset(
     {
         "afp", "alluxio", "blobfuse", "blobfuse2", "ceph", "curlftpfs", "curvefs", "davfs", "dfs", "gcsfuse",
         "glusterfs", "goofys", "hdfs", "juicefs", "lizardfs", "mfs", "moosefs", "mount-s3", "mountpoint-s3",
-        "objectivefs", "quobyte", "rclone", "s3backer", "s3fs", "s3ql", "saunafs", "seaweedfs", "smbnetfs", "sshfs", "vmhgfs",
+        "objectivefs", "quobyte", "rclone", "s3backer", "s3fs", "s3ql", "saunafs", "seaweedfs", "smbnetfs", "sshfs",
+        "vmhgfs",
     }
 )  # fmt: skip
 """Programs behind a mount of type `fuse.<program>` that serve files from elsewhere."""

@@ -1,8 +1,10 @@
-"""The tables of a study. Plain SQLAlchemy, so that SQLite in the study's folder is a choice and not a wall."""
+"""The tables of a study: the same in SQLite and in PostgreSQL, where each study has a schema of its own."""
 
-from sqlalchemy import JSON, Column, Float, ForeignKey, Integer, MetaData, String, Table, Text, UniqueConstraint
+from sqlalchemy import BigInteger, Column, Float, ForeignKey, Integer, MetaData, String, Table, Text, UniqueConstraint
 
-SCHEMA_VERSION = 2
+from duet_ray.store.columns import Plain, Told, Words
+
+SCHEMA_VERSION = 3
 """Raised with every change of a table. A store with a newer version than the code's is refused."""
 
 metadata = MetaData()
@@ -13,11 +15,11 @@ study = Table(
     Column("id", Integer, primary_key=True),  # always 1: one study a store
     Column("name", String(64), nullable=False),
     Column("schema_version", Integer, nullable=False),
-    Column("config", JSON, nullable=False),  # the study file as plain data, every default filled in
-    Column("inputs", JSON, nullable=False),  # fingerprints of the data and the model
-    Column("resolved", JSON, nullable=False),  # what `auto` was resolved to
-    Column("domains", JSON, nullable=False),  # what was found in the data, for the report
-    Column("versions", JSON, nullable=False),
+    Column("config", Plain, nullable=False),  # the study file as plain data, every default filled in
+    Column("inputs", Plain, nullable=False),  # fingerprints of the data and the model
+    Column("resolved", Plain, nullable=False),  # what `auto` was resolved to
+    Column("domains", Told(), nullable=False),  # what was found in the data, for the report
+    Column("versions", Plain, nullable=False),
     Column("status", String(16), nullable=False),  # new, running, paused, done, failed
     Column("created", Float, nullable=False),  # seconds since the epoch
     Column("seconds", Float, nullable=False),  # spent running, over all sessions
@@ -28,11 +30,11 @@ trial = Table(
     metadata,
     Column("number", Integer, primary_key=True),
     Column("kind", String(16), nullable=False),
-    Column("counts", JSON, nullable=True),  # rows per domain; null for the base model
+    Column("counts", Plain, nullable=True),  # rows per domain; null for the base model
     Column("status", String(16), nullable=False),  # pending, done, failed
-    Column("method", String(64), nullable=False),
-    Column("reason", Text, nullable=True),
-    Column("settings", JSON, nullable=False, default=list),  # pairs: training settings that are not the study's
+    Column("method", Text, nullable=False),
+    Column("reason", Words, nullable=True),
+    Column("settings", Plain, nullable=False, default=list),  # pairs: training settings that are not the study's
     Column("fidelity", Float, nullable=False, default=1.0),  # share of the mixture's rows that it trains on
     Column("k", Integer, nullable=True),  # samples; null where all trials have `sampling.k`
 )
@@ -51,11 +53,11 @@ past_run = Table(
     "past_run",
     metadata,
     Column("id", Integer, primary_key=True),
-    Column("counts", JSON, nullable=False),  # rows per domain, on the study's lattice
+    Column("counts", Plain, nullable=False),  # rows per domain, on the study's lattice
     Column("value", Float, nullable=False),  # in the user's own direction
     Column("sem", Float, nullable=True),
     Column("fidelity", Float, nullable=False),
-    Column("source", String(255), nullable=False),  # file:line
+    Column("source", Text, nullable=False),  # file:line
 )
 """Experiments from before the study, told to the search."""
 
@@ -65,7 +67,7 @@ sample = Table(
     Column("trial", Integer, ForeignKey("trial.number"), primary_key=True),
     Column("sample", Integer, primary_key=True),
     Column("value", Float, nullable=True),
-    Column("result", JSON, nullable=False),  # records.SampleResult as plain data
+    Column("result", Told(but=("spec", "adapter", "rows_digest")), nullable=False),  # a records.SampleResult
 )
 
 observation = Table(
@@ -94,7 +96,7 @@ artifact = Table(
     metadata,
     Column("trial", Integer, nullable=False),
     Column("sample", Integer, nullable=False),
-    Column("path", String(255), nullable=False),  # relative to the study's folder
+    Column("path", Text, nullable=False),  # relative to the study's folder
     Column("kept", Integer, nullable=False),
     UniqueConstraint("trial", "sample"),
 )
@@ -104,9 +106,11 @@ driver = Table(
     metadata,
     Column("id", Integer, primary_key=True),  # always 1: one driver a study
     Column("fence", Integer, nullable=False),  # grows with every new holder; every write checks it
-    Column("holder", String(64), nullable=True),
-    Column("host", String(255), nullable=True),
+    Column("n_writes", BigInteger, nullable=False),  # of this holder; grows with each, and with each renewal
+    Column("holder", String(64), nullable=True),  # null: nobody
+    Column("host", Text, nullable=True),  # for people
+    Column("machine", Text, nullable=True),  # this and the next two: `processes.ProcessIdentity`
     Column("pid", Integer, nullable=True),
-    Column("process_started", Float, nullable=True),  # tells a reused pid from the old driver
-    Column("expires", Float, nullable=False),
+    Column("process_started", Float, nullable=True),
 )
+"""The driver's lease. Its one row is there from the start, so that it can be locked."""

@@ -1,32 +1,35 @@
 """The study's store: every fact in one transaction, one writer at a time.
 
-Only the driver writes. It holds a lease with a fencing number: each transaction first checks that the number is still
-its own, so that a driver that was thought dead and wakes up again cannot write over its successor. A driver that died
-on this host is recognised by its process id and start time and replaced at once; one on another host is waited for.
+Only the driver writes, while it holds the lease (`lease`); anybody reads, at any time. What a method here does is one
+transaction, whole or not at all (`transactions`), in SQLite or in PostgreSQL (`base.Database`).
 """
 
-import json
-import os
-import socket
-import threading
+import functools
 import time
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
-import psutil
-from sqlalchemy import Connection, Engine, create_engine, delete, event, insert, select, update
-from sqlalchemy.exc import DatabaseError, IntegrityError, OperationalError
+from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy.exc import IntegrityError
 
-from duet_ray.errors import StoreError, StudyLocked
+from duet_ray.errors import RatioError, StoreError
 from duet_ray.records import Observation, PastRun, Ratio, SampleResult, Settings, Trial, settings_from, trial_name
 from duet_ray.store import schema
+from duet_ray.store.base import Database
+from duet_ray.store.lease import Lease
+from duet_ray.store.postgresql import PostgreSQL
+from duet_ray.store.sqlite import SQLite
+from duet_ray.store.transactions import Transactions
+from duet_ray.store.upgrade import bring_up_to_date, make_tables, version_of
 
-LEASE_SECONDS = 60.0
-"""How long a driver on another host may be silent before it is taken for dead."""
+_NO_RECORD = (AssertionError, AttributeError, KeyError, RatioError, TypeError, ValueError)
+"""What a row raises that is none of ours."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,143 +47,133 @@ class StudyRecord:
     seconds: float
 
 
+def _writes(method: Callable[Concatenate["Store", Connection, P], T]) -> Callable[Concatenate["Store", P], T]:
+    """A method whose body is one write of the driver. It may run again if the server goes away in the middle."""
+
+    @functools.wraps(method)
+    def write(self: "Store", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self._transactions.write(lambda connection: method(self, connection, *args, **kwargs))
+
+    return write
+
+
+def _reads(method: Callable[Concatenate["Store", Connection, P], T]) -> Callable[Concatenate["Store", P], T]:
+    """A method whose body reads one snapshot: what is read together was true together."""
+
+    @functools.wraps(method)
+    def read(self: "Store", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return self._transactions.read(lambda connection: method(self, connection, *args, **kwargs))
+        except _NO_RECORD as error:
+            raise StoreError(f"{self.place}: is damaged: a row makes no sense ({error!r})") from error
+
+    return read
+
+
 class Store:
-    """A study's store in its folder.
+    """A study's store.
 
     Readers may open it at any time. To write, enter `writing()`, which takes the driver's lease.
     """
 
-    def __init__(self, folder: Path, *, create: bool = False) -> None:
-        """Open the store in a study's folder.
+    def __init__(self, folder: Path, *, create: bool = False, url: str | None = None) -> None:
+        """Open the store of the study whose folder this is.
+
+        Args:
+            create: make it if there is none.
+            url: `postgresql+psycopg://user@host/database` or `sqlite:////file`; None is `study.db` in the folder.
 
         Raises:
-            StoreError: there is none and `create` is False, it cannot be read, or a newer duet_ray wrote it.
+            StoreError: there is none and `create` is False, it cannot be read, it holds another study, a newer duet_ray
+                wrote it, or it is SQLite on a network file system.
         """
-        self.path = Path(folder) / "study.db"
+        folder = Path(folder)
+        database = _database(folder, url)
         if create:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        elif not self.path.is_file():
-            raise StoreError(f"{folder}: there is no study here (no study.db); `duet run` starts one")
-        self._lock = threading.RLock()
-        self._fence: int | None = None
-        self._engine = _engine(self.path)
+            _make_folders(folder, database)
+        self.place = database.place
+        """For messages: the file, or the URL."""
+        self._transactions = Transactions(database, folder.name)
+        self._lease = Lease(self._transactions)
         try:
-            if create:
-                schema.metadata.create_all(self._engine)
-            with self._engine.connect() as connection:
-                version = connection.scalar(select(schema.study.c.schema_version))
-        except DatabaseError as error:
-            raise StoreError(f"{self.path}: cannot be read as a study's store: {error.orig}") from None
-        if version is not None and version < schema.SCHEMA_VERSION:
-            self._bring_up_to_date()
-        if version is not None and version > schema.SCHEMA_VERSION:
+            self._open(folder, create=create, is_own_file=url is None)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, folder: Path, *, create: bool, is_own_file: bool) -> None:
+        database, version = self._transactions.database, None
+        if database.is_there():
+            version = self._transactions.read(lambda connection: version_of(connection, database.schema))
+        if version is None and not create:
+            where = f"{folder}: there is no study here (no study.db)"
+            other = f"{self.place}: there is no study {folder.name} here"
+            raise StoreError(f"{where if is_own_file else other}; `duet run` starts one")
+        if version is None or version < schema.SCHEMA_VERSION:
+            self._transactions.exclusive(lambda connection: _make_ready(connection, database))
+        elif version > schema.SCHEMA_VERSION:
             raise StoreError(
-                f"{self.path}: written by a newer duet_ray (schema {version}, this one knows {schema.SCHEMA_VERSION}); "
-                f"upgrade duet_ray"
+                f"{self.place}: written by a newer duet_ray (schema {version}, this one knows "
+                f"{schema.SCHEMA_VERSION}); upgrade duet_ray"
+            )
+        name = self._transactions.read(lambda connection: connection.scalar(select(schema.study.c.name)))
+        if not is_own_file and name is not None and name != folder.name:
+            raise StoreError(
+                f"{self.place}: holds another study, {name}, not {folder.name}; "
+                f"give each study a file of its own in `store`"
             )
 
-    def _bring_up_to_date(self) -> None:
-        """Give a store of version 1 the columns and tables of version 2; what stands in it stays as it is."""
-        with self._lock, _transaction(self._engine) as connection:
-            if connection.scalar(select(schema.study.c.schema_version)) == 1:
-                for column in (
-                    "settings JSON NOT NULL DEFAULT '[]'",
-                    "fidelity FLOAT NOT NULL DEFAULT 1.0",
-                    "k INTEGER",
-                ):
-                    connection.exec_driver_sql(f"ALTER TABLE trial ADD COLUMN {column}")
-                schema.metadata.create_all(connection)
-                connection.execute(update(schema.study).values(schema_version=schema.SCHEMA_VERSION))
-
     def close(self) -> None:
-        self._engine.dispose()
-
-    # The driver's lease -----------------------------------------------------------------------------------------
+        self._transactions.close()
 
     @contextmanager
-    def writing(self) -> Iterator["Store"]:
+    def writing(self, on_wait: Callable[[str], None] | None = None) -> Iterator["Store"]:
         """Hold the driver's lease.
 
+        A holder that is dead is replaced at once where that can be seen, on this machine. One elsewhere is waited for:
+        about a minute without a sign of life, and it is taken for dead.
+
+        Args:
+            on_wait: told once whom this waits for.
+
         Raises:
-            StudyLocked: another driver holds this study; names its host and process.
+            StudyLocked: another driver holds this study and lives; names its host and process.
         """
-        self._take_lease()
-        try:
+        with self._lease.held(on_wait):
             yield self
-        finally:
-            self._drop_lease()
 
     def renew(self) -> None:
-        """Tell others that this driver lives; to be called a few times per `LEASE_SECONDS`."""
-        with self._write() as connection:
-            connection.execute(update(schema.driver).values(expires=time.time() + LEASE_SECONDS))
-
-    def _take_lease(self) -> None:
-        with self._lock, _transaction(self._engine) as connection:
-            row = connection.execute(select(schema.driver)).mappings().first()
-            if row is not None and row["holder"] is not None and _alive(dict(row)):
-                raise StudyLocked(
-                    f"study {self.path.parent.name} is already run by process {row['pid']} on {row['host']}; "
-                    f"stop it there, or wait until it ends"
-                )
-            mine = {
-                "fence": (row["fence"] if row is not None else 0) + 1,
-                "holder": uuid.uuid4().hex,
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-                "process_started": psutil.Process().create_time(),
-                "expires": time.time() + LEASE_SECONDS,
-            }
-            if row is None:
-                connection.execute(insert(schema.driver).values(id=1, **mine))
-            else:
-                connection.execute(update(schema.driver).values(**mine))
-            self._fence = mine["fence"]
-
-    def _drop_lease(self) -> None:
-        with self._lock:
-            try:
-                with self._write() as connection:
-                    connection.execute(update(schema.driver).values(holder=None, expires=0.0))
-            except StudyLocked:
-                pass  # Another driver has taken over: the lease is no longer ours to drop.
-            finally:
-                self._fence = None
-
-    @contextmanager
-    def _write(self) -> Iterator[Connection]:
-        """One transaction of the driver that holds the lease."""
-        assert self._fence is not None, "the store is written inside `writing()`"
-        with self._lock, _transaction(self._engine) as connection:
-            fence = connection.scalar(select(schema.driver.c.fence))
-            if fence != self._fence:
-                raise StudyLocked(f"study {self.path.parent.name}: another driver has taken this study over")
-            yield connection
+        """Tell others that this driver lives. A thread does so by itself while the lease is held."""
+        self._lease.renew()
 
     # Writing ----------------------------------------------------------------------------------------------------
 
-    def create_study(self, *, name: str, config: Mapping[str, Any], versions: Mapping[str, str]) -> None:
+    @_writes
+    def create_study(
+        self, connection: Connection, *, name: str, config: Mapping[str, Any], versions: Mapping[str, str]
+    ) -> None:
         """Write the study's own row; once."""
-        with self._write() as connection:
-            connection.execute(
-                insert(schema.study).values(
-                    id=1, name=name, schema_version=schema.SCHEMA_VERSION, config=dict(config), inputs={}, resolved={},
-                    domains=[], versions=dict(versions), status="new", created=time.time(), seconds=0.0,
-                )
-            )  # fmt: skip
+        connection.execute(
+            insert(schema.study).values(
+                id=1, name=name, schema_version=schema.SCHEMA_VERSION, config=dict(config), inputs={}, resolved={},
+                domains=[], versions=dict(versions), status="new", created=time.time(), seconds=0.0,
+            )
+        )  # fmt: skip
 
-    def update_study(self, **values: Any) -> None:
+    @_writes
+    def update_study(self, connection: Connection, **values: Any) -> None:
         """Set columns of the study's row: `config`, `inputs`, `resolved`, `domains`, `status`, `versions`."""
-        with self._write() as connection:
-            connection.execute(update(schema.study).values(**values))
+        connection.execute(update(schema.study).values(**values))
 
-    def add_seconds(self, seconds: float) -> None:
+    @_writes
+    def add_seconds(self, connection: Connection, seconds: float) -> None:
         """Add to the time spent running."""
-        with self._write() as connection:
-            connection.execute(update(schema.study).values(seconds=schema.study.c.seconds + seconds))
+        connection.execute(update(schema.study).values(seconds=schema.study.c.seconds + seconds))
 
+    @_writes
     def add_trial(
         self,
+        connection: Connection,
         number: int,
         kind: str,
         ratio: Ratio | None,
@@ -193,85 +186,88 @@ class Store:
         """Record a point before anything is trained on it. The same again has no effect; another point is refused."""
         counts = list(ratio.counts) if ratio is not None else None
         plain: list[list[Any]] = [[path, list(v) if isinstance(v, tuple) else v] for path, v in settings]
-        with self._write() as connection:
-            row = connection.execute(select(schema.trial).where(schema.trial.c.number == number)).mappings().first()
-            if row is None:
-                connection.execute(
-                    insert(schema.trial).values(
-                        number=number,
-                        kind=kind,
-                        counts=counts,
-                        status="pending",
-                        method=method,
-                        settings=plain,
-                        fidelity=fidelity,
-                        k=k,
-                    )
+        row = connection.execute(select(schema.trial).where(schema.trial.c.number == number)).mappings().first()
+        if row is None:
+            connection.execute(
+                insert(schema.trial).values(
+                    number=number,
+                    kind=kind,
+                    counts=counts,
+                    status="pending",
+                    method=method,
+                    settings=plain,
+                    fidelity=fidelity,
+                    k=k,
                 )
-            elif row["counts"] != counts:
-                raise StoreError(f"trial {trial_name(number)} has ratio {row['counts']}, not {counts}")
-            elif (row["settings"], row["fidelity"]) != (plain, fidelity):
-                had, given = dict(row["settings"]), dict(plain)
-                raise StoreError(
-                    f"trial {trial_name(number)} has settings {had} at fidelity {row['fidelity']:g}, "
-                    f"not {given} at {fidelity:g}"
-                )
+            )
+        elif row["counts"] != counts:
+            raise StoreError(f"trial {trial_name(number)} has ratio {row['counts']}, not {counts}")
+        elif (row["settings"], row["fidelity"]) != (plain, fidelity):
+            had, given = dict(row["settings"]), dict(plain)
+            raise StoreError(
+                f"trial {trial_name(number)} has settings {had} at fidelity {row['fidelity']:g}, "
+                f"not {given} at {fidelity:g}"
+            )
 
-    def add_sample(self, result: SampleResult) -> bool:
+    @_writes
+    def add_sample(self, connection: Connection, result: SampleResult) -> bool:
         """Record a finished or failed sample.
 
         Returns:
             False when it was known already: the first result stands.
         """
         key = (schema.sample.c.trial == result.spec.trial) & (schema.sample.c.sample == result.spec.sample)
-        with self._write() as connection:
-            if connection.execute(select(schema.sample.c.trial).where(key)).first() is not None:
-                return False
+        if connection.execute(select(schema.sample.c.trial).where(key)).first() is not None:
+            return False
+        connection.execute(
+            insert(schema.sample).values(
+                trial=result.spec.trial, sample=result.spec.sample, value=result.value, result=result.to_json()
+            )
+        )
+        if result.adapter is not None:
             connection.execute(
-                insert(schema.sample).values(
-                    trial=result.spec.trial, sample=result.spec.sample, value=result.value, result=result.to_json()
+                insert(schema.artifact).values(
+                    trial=result.spec.trial, sample=result.spec.sample, path=result.adapter, kept=1
                 )
             )
-            if result.adapter is not None:
-                connection.execute(
-                    insert(schema.artifact).values(
-                        trial=result.spec.trial, sample=result.spec.sample, path=result.adapter, kept=1
-                    )
-                )
         return True
 
-    def add_observation(self, number: int, observation: Observation) -> None:
+    @_writes
+    def add_observation(self, connection: Connection, number: int, observation: Observation) -> None:
         """Record a trial's observation and mark the trial done, in one transaction."""
-        with self._write() as connection:
-            try:
-                connection.execute(insert(schema.observation).values(trial=number, **asdict(observation)))
-            except IntegrityError:
-                raise StoreError(f"trial {trial_name(number)} has an observation already") from None
-            connection.execute(update(schema.trial).where(schema.trial.c.number == number).values(status="done"))
+        try:
+            connection.execute(insert(schema.observation).values(trial=number, **asdict(observation)))
+        except IntegrityError:
+            raise StoreError(f"trial {trial_name(number)} has an observation already") from None
+        connection.execute(update(schema.trial).where(schema.trial.c.number == number).values(status="done"))
 
-    def finish_trial(self, number: int) -> None:
+    @_writes
+    def finish_trial(self, connection: Connection, number: int) -> None:
         """Mark a trial done without an observation: a confirmation, whose samples speak for themselves."""
-        with self._write() as connection:
-            connection.execute(update(schema.trial).where(schema.trial.c.number == number).values(status="done"))
+        connection.execute(update(schema.trial).where(schema.trial.c.number == number).values(status="done"))
 
-    def fail_trial(self, number: int, reason: str) -> None:
+    @_writes
+    def fail_trial(self, connection: Connection, number: int, reason: str) -> None:
         """Mark a trial as failed: it has no observation and never will."""
-        with self._write() as connection:
-            connection.execute(
-                update(schema.trial).where(schema.trial.c.number == number).values(status="failed", reason=reason)
-            )
+        connection.execute(
+            update(schema.trial).where(schema.trial.c.number == number).values(status="failed", reason=reason)
+        )
 
-    def drop_artifact(self, trial: int, sample: int) -> None:
+    @_writes
+    def drop_artifact(self, connection: Connection, trial: int, sample: int) -> None:
         """Record that a sample's adapter is deleted."""
-        with self._write() as connection:
-            connection.execute(
-                update(schema.artifact)
-                .where((schema.artifact.c.trial == trial) & (schema.artifact.c.sample == sample))
-                .values(kept=0)
-            )
+        connection.execute(
+            update(schema.artifact)
+            .where((schema.artifact.c.trial == trial) & (schema.artifact.c.sample == sample))
+            .values(kept=0)
+        )
 
+    @_writes
     def set_posterior(
-        self, posterior: Mapping[int, tuple[float, float | None]], ranking: Sequence[int] | None = None
+        self,
+        connection: Connection,
+        posterior: Mapping[int, tuple[float, float | None]],
+        ranking: Sequence[int] | None = None,
     ) -> None:
         """Replace what the search's model says of the trials, and their order.
 
@@ -285,49 +281,48 @@ class Store:
             {"trial": number, "mean": mean, "sd": sd, "place": places.get(number)}
             for number, (mean, sd) in posterior.items()
         ]
-        with self._write() as connection:
-            connection.execute(delete(schema.posterior))
-            if rows:
-                connection.execute(insert(schema.posterior), rows)
+        connection.execute(delete(schema.posterior))
+        if rows:
+            connection.execute(insert(schema.posterior), rows)
 
-    def add_past_runs(self, runs: Sequence[PastRun]) -> int:
+    @_writes
+    def add_past_runs(self, connection: Connection, runs: Sequence[PastRun]) -> int:
         """Record experiments from before the study. One that is known already, from the same place, is not added again.
 
         Returns:
             How many were added.
         """
-        with self._write() as connection:
-            known = set(_past_runs(connection))
-            new = [run for run in dict.fromkeys(runs) if run not in known]
-            if new:
-                rows = [{**asdict(run), "counts": list(run.counts)} for run in new]
-                connection.execute(insert(schema.past_run), rows)
+        known = set(_past_runs(connection))
+        new = [run for run in dict.fromkeys(runs) if run not in known]
+        if new:
+            rows = [{**asdict(run), "counts": list(run.counts)} for run in new]
+            connection.execute(insert(schema.past_run), rows)
         return len(new)
 
     # Reading ----------------------------------------------------------------------------------------------------
 
-    def study(self) -> StudyRecord | None:
+    @_reads
+    def study(self, connection: Connection) -> StudyRecord | None:
         """The study's own row; None in a store that was just made."""
-        with self._read() as connection:
-            row = connection.execute(select(schema.study)).mappings().first()
+        row = connection.execute(select(schema.study)).mappings().first()
         if row is None:
             return None
         return StudyRecord(**{name: row[name] for name in StudyRecord.__dataclass_fields__})
 
-    def trials(self) -> list[Trial]:
+    @_reads
+    def trials(self, connection: Connection) -> list[Trial]:
         """Every trial with its samples and observation, in order of number."""
-        with self._read() as connection:
-            trials = connection.execute(select(schema.trial).order_by(schema.trial.c.number)).mappings().all()
-            samples = connection.execute(
-                select(schema.sample).order_by(schema.sample.c.trial, schema.sample.c.sample)
-            ).mappings()
-            by_trial: dict[int, list[SampleResult]] = {}
-            for row in samples:
-                by_trial.setdefault(row["trial"], []).append(SampleResult.from_json(row["result"]))
-            observations = {
-                row["trial"]: Observation(**{name: row[name] for name in Observation.__dataclass_fields__})
-                for row in connection.execute(select(schema.observation)).mappings()
-            }
+        trials = connection.execute(select(schema.trial).order_by(schema.trial.c.number)).mappings().all()
+        samples = connection.execute(
+            select(schema.sample).order_by(schema.sample.c.trial, schema.sample.c.sample)
+        ).mappings()
+        by_trial: dict[int, list[SampleResult]] = {}
+        for row in samples:
+            by_trial.setdefault(row["trial"], []).append(SampleResult.from_json(row["result"]))
+        observations = {
+            row["trial"]: Observation(**{name: row[name] for name in Observation.__dataclass_fields__})
+            for row in connection.execute(select(schema.observation)).mappings()
+        }
         return [
             Trial(
                 number=row["number"],
@@ -345,38 +340,32 @@ class Store:
             for row in trials
         ]
 
-    def kept_artifacts(self) -> dict[tuple[int, int], str]:
+    @_reads
+    def kept_artifacts(self, connection: Connection) -> dict[tuple[int, int], str]:
         """(trial, sample) → the adapter's path relative to the study's folder, for those still on disk."""
-        with self._read() as connection:
-            rows = connection.execute(select(schema.artifact).where(schema.artifact.c.kept == 1)).mappings()
-            return {(row["trial"], row["sample"]): row["path"] for row in rows}
+        rows = connection.execute(select(schema.artifact).where(schema.artifact.c.kept == 1)).mappings()
+        return {(row["trial"], row["sample"]): row["path"] for row in rows}
 
-    def posterior(self) -> dict[int, tuple[float, float]]:
+    @_reads
+    def posterior(self, connection: Connection) -> dict[int, tuple[float, float]]:
         """Trial → the model's (mean, standard deviation), in the user's own direction; empty where no model was made.
 
         It is that of the moment when the search ended, or was last paused.
         """
-        with self._read() as connection:
-            rows = connection.execute(select(schema.posterior).order_by(schema.posterior.c.trial)).mappings()
-            return {row["trial"]: (row["mean"], row["sd"]) for row in rows if row["sd"] is not None}
+        rows = connection.execute(select(schema.posterior).order_by(schema.posterior.c.trial)).mappings()
+        return {row["trial"]: (row["mean"], row["sd"]) for row in rows if row["sd"] is not None}
 
-    def ranking(self) -> tuple[list[int], set[int]]:
+    @_reads
+    def ranking(self, connection: Connection) -> tuple[list[int], set[int]]:
         """(the trials that may be recommended, best first; all trials that were told when they were put in order)."""
-        with self._read() as connection:
-            rows = connection.execute(select(schema.posterior)).mappings().all()
+        rows = connection.execute(select(schema.posterior)).mappings().all()
         placed = sorted((row["place"], row["trial"]) for row in rows if row["place"] is not None)
         return [trial for _, trial in placed], {row["trial"] for row in rows}
 
-    def past_runs(self) -> list[PastRun]:
+    @_reads
+    def past_runs(self, connection: Connection) -> list[PastRun]:
         """Experiments from before the study, in the order they were added."""
-        with self._read() as connection:
-            return _past_runs(connection)
-
-    @contextmanager
-    def _read(self) -> Iterator[Connection]:
-        """One snapshot: what is read together was true together."""
-        with self._lock, _transaction(self._engine, "BEGIN") as connection:
-            yield connection
+        return _past_runs(connection)
 
 
 def _past_runs(connection: Connection) -> list[PastRun]:
@@ -393,48 +382,27 @@ def _past_runs(connection: Connection) -> list[PastRun]:
     ]
 
 
-def _engine(path: Path) -> Engine:
-    engine = create_engine(
-        f"sqlite:///{path}",
-        connect_args={"timeout": 30, "check_same_thread": False, "isolation_level": None},
-        json_serializer=lambda value: json.dumps(value, ensure_ascii=False),
-    )
-
-    @event.listens_for(engine, "connect")
-    def _settings(connection: Any, _record: Any) -> None:
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=FULL")
-        connection.execute("PRAGMA foreign_keys=ON")
-
-    return engine
+def _database(folder: Path, url: str | None) -> Database:
+    if url is None:
+        return SQLite(folder / "study.db")
+    if url.startswith("sqlite:///"):
+        return SQLite(Path(url.removeprefix("sqlite:///")))
+    return PostgreSQL(url, folder.name)
 
 
-@contextmanager
-def _transaction(engine: Engine, begin: str = "BEGIN IMMEDIATE") -> Iterator[Connection]:
-    """One transaction. `BEGIN IMMEDIATE` takes SQLite's write lock, so that what it reads cannot change under it."""
-    with engine.connect() as connection:
+def _make_folders(folder: Path, database: Database) -> None:
+    for needed in {folder, *([database.path.parent] if isinstance(database, SQLite) else [])}:
         try:
-            connection.exec_driver_sql(begin)
-            try:
-                yield connection
-                connection.exec_driver_sql("COMMIT")
-            except BaseException:
-                # SQLite may have rolled back by itself, on a full disk for one.
-                with suppress(OperationalError):
-                    connection.exec_driver_sql("ROLLBACK")
-                raise
-        except OperationalError as error:
-            advice = "; make room and start the same command again" if "full" in str(error.orig) else ""
-            raise StoreError(f"{engine.url.database}: cannot be used: {error.orig}{advice}") from error
+            needed.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"{needed}: cannot be made: {error.strerror}; see `storage` and `store`") from None
 
 
-def _alive(row: Mapping[str, Any]) -> bool:
-    """Whether the driver that holds the lease still runs."""
-    if row["host"] != socket.gethostname():
-        return row["expires"] > time.time()
-    try:
-        process = psutil.Process(row["pid"])
-        same = abs(process.create_time() - row["process_started"]) < 2.0
-        return same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+def _make_ready(connection: Connection, database: Database) -> None:
+    """Make the tables, or bring them up to date; another process may have done so in the meantime."""
+    database.make_place(connection)
+    version = version_of(connection, database.schema)
+    if version is not None and version < schema.SCHEMA_VERSION:
+        bring_up_to_date(connection, version)
+    else:
+        make_tables(connection)
