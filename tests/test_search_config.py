@@ -1,13 +1,11 @@
-"""The keys of the search: every contradiction with its path and remedy, and the commented lines of the template."""
+"""The keys of the search: every contradiction with its path and remedy."""
 
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from duet_ray.cli.init import template
 from duet_ray.config import SEARCHABLE, TrainingConfig, config_from, differences, load_config
 from duet_ray.errors import ConfigError
 from duet_ray.study_file import set_value
@@ -374,65 +372,3 @@ def test_a_resume_with_another_search_is_refused(overrides: tuple[str, ...], key
     plain, other = config_from(given(), folder=Path()), config_from(given(*overrides), folder=Path())
     assert any(line.startswith(key) for line in differences(plain, other))
     assert differences(other, other) == []
-
-
-COMMENTED = re.compile(r"^  # (?P<key>[a-z_]+): (?P<value>.*)$")
-
-
-def commented() -> list[tuple[str, str]]:
-    """(section, line) of each commented key of the template, where it is alone on its line."""
-    found, section = [], ""
-    for line in template().splitlines():
-        section = line.split(":")[0] if re.match(r"^[a-z]", line) else section
-        if (match := COMMENTED.match(line)) and match["value"].strip() and not match["value"].strip().startswith("#"):
-            found.append((section, f"{match['key']}: {match['value']}"))
-    return found
-
-
-NEEDED: dict[str, list[str]] = {
-    "max_repeats": ["mixture.when_short=repeat"],
-    "also": ["search.optimize=both"],
-    "optimize": [ALSO_RANK],
-    "limit": ["feedback.limit=100"],
-    "k_bounds": ["sampling.k=auto"],
-    "zero": ["training.method=full"],
-    "racing": ["sampling.k=4"],
-    "surrogate": ["selection.method=influence"],
-    "n_exact_rows": ["selection.method=influence"],
-}
-"""What a commented line takes for granted, as its comment says."""
-
-
-@pytest.mark.parametrize(("section", "line"), commented(), ids=[f"{s}.{text[:30]}" for s, text in commented()])
-def test_a_commented_line_of_the_template_is_sound(section: str, line: str) -> None:
-    ((key, value),) = yaml.safe_load(line).items()
-    data = yaml.safe_load(template())
-    for override in NEEDED.get(key, []):
-        set_value(data, override)
-    data.setdefault(section, {})[key] = value
-    config = config_from(data, folder=Path())
-    assert getattr(getattr(config, section), key) is not None
-
-
-@pytest.mark.parametrize("key", ["weights", "pareto", "require"])
-def test_the_commented_objective_of_the_template_is_sound(key: str) -> None:
-    """With the commented name of the feedback, and the commented second feedback that it names."""
-    lines = template().splitlines()
-    objective = block(lines, "  # objective:", "  # ")["objective"]
-    also = block(lines, "# also:", "# ")["also"]
-    data = yaml.safe_load(template())
-    data["feedback"]["name"] = block(lines, "  # name:", "  # ")["name"]
-    data |= {"also": also, "search": {"acquisition": "qlognei", "objective": {key: objective[key]}}}
-    config_from(data, folder=Path())
-
-
-def block(lines: list[str], start: str, prefix: str) -> dict[str, Any]:
-    """The commented key that begins with `start` and what is indented under it, as YAML."""
-    first = next(i for i, line in enumerate(lines) if line.startswith(start))
-    found = [lines[first].removeprefix(prefix)]
-    for line in lines[first + 1 :]:
-        if not line.startswith(prefix + "  "):
-            break
-        found.append(line.removeprefix(prefix))
-    data: dict[str, Any] = yaml.safe_load("\n".join(found))
-    return data
