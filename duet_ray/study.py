@@ -21,13 +21,14 @@ from duet_ray.config import StudyConfig, config_from, differences
 from duet_ray.errors import DuetError, StoreError, StudyChanged
 from duet_ray.execution.study_run import Paused, SilentWatcher, StudyRun, Watcher
 from duet_ray.execution.worker import Assignment, load_draws, mixture_of
+from duet_ray.files import write_file
 from duet_ray.mixture import rows_digest
 from duet_ray.preflight import Preflight, preflight, resolved_values
 from duet_ray.records import SampleResult, Trial
 from duet_ray.report.scores import domain_scores
 from duet_ray.report.summary import StudySummary
 from duet_ray.search.past_runs import ImportedRuns, RunColumns, imported_runs, read_runs
-from duet_ray.store import Store, StudyRecord
+from duet_ray.store import Store, StudyRecord, find_store, open_folder, open_store
 
 if TYPE_CHECKING:
     from duet_ray.search.insight import Insight
@@ -54,12 +55,12 @@ class Study:
             StoreError: there is no study in that folder.
         """
         folder = Path(folder).resolve()
-        store = Store(folder)
+        store = open_folder(folder)
         record = store.study()
         store.close()
         if record is None:
             raise StoreError(f"{folder}: the study has not started yet; `duet run` starts it")
-        data = {**record.config, "name": folder.name, "storage": str(folder.parent)}
+        data = {**record.config, "name": folder.name, "storage": str(folder.parent), "store": store.url}
         return cls(config_from(data, folder=Path(record.inputs.get("folder", folder.parent))))
 
     def validate(self, watcher: Watcher | None = None) -> Preflight:
@@ -100,7 +101,7 @@ class Study:
         table = read_runs(path, self.config, columns)
         on_stage = (watcher or SilentWatcher()).phase
         if dry_run:
-            store = Store(self.folder) if (self.folder / "study.db").is_file() else None
+            store = find_store(self.folder, self.config.store)
             try:
                 record = self._check_config(store) if store is not None else None
                 ready = preflight(self.config, known=record.resolved if record else {}, on_stage=on_stage)
@@ -108,9 +109,9 @@ class Study:
             finally:
                 if store is not None:
                     store.close()
-        store = Store(self.folder, create=True)
+        store = open_store(self.folder, self.config.store, create=True)
         try:
-            with store.writing():
+            with store.writing(on_stage):
                 record = self._check_config(store)
                 ready = preflight(self.config, known=record.resolved if record else {}, on_stage=on_stage)
                 found = imported_runs(table, ready.space, store.past_runs(), outside)
@@ -146,7 +147,7 @@ class Study:
         """
         from duet_ray.report.from_store import read_summary
 
-        return read_summary(self.folder)
+        return read_summary(self.folder, self.config)
 
     def best(self) -> Trial:
         """The trial to go with: the best by the search's model, or the best confirmed one once there are confirmations.
@@ -191,7 +192,7 @@ class Study:
         if sample.adapter is None or not adapter.is_dir():
             raise DuetError(f"the model of {spec.key} is not at {adapter}; it was moved or deleted")
         ready = preflight(self.config)
-        store = Store(self.folder)
+        store = open_store(self.folder, self.config.store)
         record = store.study()
         store.close()
         assert record is not None, "it has observations"
@@ -236,10 +237,10 @@ class Study:
     ) -> Iterator[tuple[Preflight, StudyRun]]:
         """Hold the study's lease, make everything ready, and keep the study's status true whatever happens."""
         watcher = watcher or SilentWatcher()
-        store = Store(self.folder, create=True)
+        store = open_store(self.folder, self.config.store, create=True)
         started = time.monotonic()
         try:
-            with store.writing():
+            with store.writing(watcher.phase):
                 record = self._check_config(store)
                 ready = preflight(self.config, known=record.resolved if record else {}, on_stage=watcher.phase)
                 self._start(store, ready)
@@ -275,8 +276,9 @@ class Study:
         stored = config_from(record.config, folder=self.config.folder)
         if found := differences(stored, self.config):
             lines = "\n".join(f"  {line}" for line in found)
+            where = f" (in {store.place})" if self.config.store else ""
             raise StudyChanged(
-                f"study {self.config.name} was started with another study file:\n{lines}\n"
+                f"study {self.config.name}{where} was started with another study file:\n{lines}\n"
                 f"undo the change, or give the study another name"
             )
         return record
@@ -310,7 +312,7 @@ class Study:
             f"# {self.config.name} with every default filled in; relative paths are taken from {self.config.folder}\n"
         )
         text = head + ready.config.to_yaml()
-        (self.folder / "study.yaml").write_text(text, encoding="utf-8")
+        write_file(self.folder / "study.yaml", text.encode())
 
     def _assignment(self, ready: Preflight) -> Assignment:
         return Assignment(

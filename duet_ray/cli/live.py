@@ -187,7 +187,7 @@ class _StudyReader:
     """The study as its store holds it, read when it is stale, and not again within a second."""
 
     def __init__(self, config: StudyConfig) -> None:
-        self._folder = config.study_folder
+        self._config = config
         self._next_read = 0.0
         self.is_stale = False
 
@@ -202,7 +202,7 @@ class _StudyReader:
 
         self.is_stale, self._next_read = False, time.monotonic() + READ_SECONDS
         try:
-            return read_summary(self._folder)
+            return read_summary(self._config.study_folder, self._config)
         except StoreError:
             return None
 

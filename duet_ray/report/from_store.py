@@ -7,19 +7,22 @@ from typing import Any
 
 import yaml
 
-from duet_ray.config import config_from
+from duet_ray.config import StudyConfig, config_from
 from duet_ray.errors import StoreError
 from duet_ray.report.summary import DomainSummary, StudySummary
-from duet_ray.store import Store
+from duet_ray.store import open_folder, open_store
 
 
-def read_summary(folder: Path) -> StudySummary:
+def read_summary(folder: Path, config: StudyConfig | None = None) -> StudySummary:
     """Read the study in a folder.
+
+    Args:
+        config: the study file, whose `store` says where the study is kept; without one the folder says so.
 
     Raises:
         StoreError: there is no study in the folder, or it has not started.
     """
-    store = Store(folder)
+    store = open_folder(folder) if config is None else open_store(folder, config.store)
     try:
         record = store.study()
         trials, posterior = store.trials(), store.posterior()

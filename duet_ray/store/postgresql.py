@@ -7,9 +7,9 @@ quoted, so that `Maths` and `maths` are two; one too long for PostgreSQL is cut,
 import hashlib
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, text
+from sqlalchemy import URL, Connection, Engine, create_engine, text
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.schema import CreateSchema
 from sqlalchemy.sql import quoted_name
 
@@ -73,12 +73,15 @@ class PostgreSQL:
     )
 
     def __init__(self, url: str, study: str) -> None:
-        parsed = make_url(url)
+        try:
+            parsed = make_url(url)
+        except (ArgumentError, ValueError) as error:
+            raise StoreError(f"store: must be postgresql+psycopg://user@host:port/database ({error})") from None
         self.schema = schema_name(study)
         self.place = parsed.render_as_string(hide_password=True)
-        self.engine = self._engine(url)
+        self.engine = self._engine(parsed)
 
-    def _engine(self, url: str) -> Engine:
+    def _engine(self, url: URL) -> Engine:
         try:
             import psycopg  # noqa: F401
         except ImportError as error:
@@ -86,12 +89,11 @@ class PostgreSQL:
                 f"store: {self.place} needs the PostgreSQL driver ({error}); install it: "
                 f"pip install 'duet-ray[postgres]'"
             ) from None
-        parsed = make_url(url)
         return create_engine(
-            parsed,
+            url,
             isolation_level="AUTOCOMMIT",
             pool_size=1,
-            connect_args={name: value for name, value in CONNECTION.items() if name not in parsed.query},
+            connect_args={name: value for name, value in CONNECTION.items() if name not in url.query},
             execution_options={"schema_translate_map": {None: self.schema}},
             json_serializer=to_json,
         )

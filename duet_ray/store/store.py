@@ -70,6 +70,10 @@ def _reads(method: Callable[Concatenate["Store", Connection, P], T]) -> Callable
     return read
 
 
+class NoStudy(StoreError):
+    """There is no study where one was looked for."""
+
+
 class Store:
     """A study's store.
 
@@ -84,13 +88,15 @@ class Store:
             url: `postgresql+psycopg://user@host/database` or `sqlite:////file`; None is `study.db` in the folder.
 
         Raises:
-            StoreError: there is none and `create` is False, it cannot be read, it holds another study, a newer duet_ray
-                wrote it, or it is SQLite on a network file system.
+            NoStudy: there is none, and `create` is False.
+            StoreError: it cannot be read, it holds another study, a newer duet_ray wrote it, or it is SQLite on a
+                network file system.
         """
         folder = Path(folder)
         database = _database(folder, url)
         if create:
             _make_folders(folder, database)
+        self.url = url
         self.place = database.place
         """For messages: the file, or the URL."""
         self._transactions = Transactions(database, folder.name)
@@ -108,7 +114,7 @@ class Store:
         if version is None and not create:
             where = f"{folder}: there is no study here (no study.db)"
             other = f"{self.place}: there is no study {folder.name} here"
-            raise StoreError(f"{where if is_own_file else other}; `duet run` starts one")
+            raise NoStudy(f"{where if is_own_file else other}; `duet run` starts one")
         if version is None or version < schema.SCHEMA_VERSION:
             self._transactions.exclusive(lambda connection: _make_ready(connection, database))
         elif version > schema.SCHEMA_VERSION:
@@ -310,6 +316,11 @@ class Store:
         return StudyRecord(**{name: row[name] for name in StudyRecord.__dataclass_fields__})
 
     @_reads
+    def n_drivers(self, connection: Connection) -> int:
+        """How often a driver has taken this study up."""
+        return int(connection.scalar(select(schema.driver.c.fence)) or 0)
+
+    @_reads
     def trials(self, connection: Connection) -> list[Trial]:
         """Every trial with its samples and observation, in order of number."""
         trials = connection.execute(select(schema.trial).order_by(schema.trial.c.number)).mappings().all()
@@ -387,7 +398,9 @@ def _database(folder: Path, url: str | None) -> Database:
         return SQLite(folder / "study.db")
     if url.startswith("sqlite:///"):
         return SQLite(Path(url.removeprefix("sqlite:///")))
-    return PostgreSQL(url, folder.name)
+    if url.startswith("postgresql+psycopg://"):
+        return PostgreSQL(url, folder.name)
+    raise StoreError(f"store: must start with postgresql+psycopg:// or sqlite:////, got {url!r}")
 
 
 def _make_folders(folder: Path, database: Database) -> None:

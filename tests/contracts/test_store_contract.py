@@ -23,8 +23,8 @@ from duet_ray.records import BASE_TRIAL, Observation, PastRun, Ratio, SampleSpec
 from duet_ray.store import Store, lease, schema
 from tests.store.kill import When, die, kill_at
 from tests.store.places import KINDS, Place, forked, place_of, result, set_driver
-from tests.store.postgres_server import postgres  # noqa: F401
 
+pytest_plugins = ("tests.store.postgres_server",)
 RATIO = Ratio(counts=(3, 7))
 
 
