@@ -209,6 +209,9 @@ class StudyRun:
         self.store.add_trial(BASE_TRIAL, "base", None, "base")
         trial = self._trial(BASE_TRIAL)
         assert trial is not None
+        if trial.status != "done" and trial.samples:  # A kill came between its sample and what was made of it.
+            self._observe_base()
+            return []
         return [] if trial.status == "done" else sample_tasks(trial, [0])
 
     def _observe_base(self) -> None:
