@@ -3,7 +3,9 @@
 What a study file may hold is said in `config/`; how it is read, and how a mistake in it is explained, is said here.
 """
 
+import datetime
 import difflib
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -259,10 +261,18 @@ def secrets(data: Any) -> Iterator[tuple[str, str]]:
 
 
 def unusable(data: Any) -> Iterator[tuple[str, str]]:
-    """Text that no file, tokenizer or database can take: (path, what it is)."""
+    """What no file, tokenizer or database can take, or would come back as something else: (path, what it is)."""
     for path, value in leaves(data):
         if "\0" in path or (isinstance(value, str) and "\0" in value):
             yield path.replace("\0", "\\0"), "holds a NUL character; remove it"
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            yield path, f"must be a number of at most 63 bits, got one of {value.bit_length():,}"
+        elif isinstance(value, float) and not math.isfinite(value):
+            yield path, f"must be a finite number, got {value}"
+        elif isinstance(value, datetime.date):
+            yield path, f"must be text, not a date: write '{value}' in quotes"
+        elif isinstance(value, bytes | set):
+            yield path, f"must be text, a number, true, false, null, a list or a mapping, got {type(value).__name__}"
 
 
 def set_value(data: dict[str, Any], override: str) -> None:

@@ -62,6 +62,8 @@ def config_from(
         # A mistake is shown with the value that was given, which may be a secret in the wrong place.
         return Problem(path=path, message=redact(message), file=file, line=line_of(lines, path))
 
+    if problems := [problem(where, message) for where, message in unusable(data)]:
+        raise ConfigError(problems)  # there is nothing more to say of such text, and no way to print such numbers
     problems = [problem(where, message) for where, message in later_keys(data)]
     later = {p.path for p in problems}
     try:
@@ -76,8 +78,7 @@ def config_from(
     else:
         problems += [problem(where, message) for where, message in contradictions(config)]
     named = {p.path for p in problems}
-    also_wrong = [*secrets(data), *unusable(data)]
-    problems += [problem(where, message) for where, message in also_wrong if where not in named]
+    problems += [problem(where, message) for where, message in secrets(data) if where not in named]
     if problems:
         raise ConfigError(sorted(problems, key=lambda p: (p.line or 0, p.path)))
     return config.placed_in(folder)
