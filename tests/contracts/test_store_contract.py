@@ -24,7 +24,7 @@ from duet_ray.store import Store, lease, schema
 from tests.store.kill import When, die, kill_at
 from tests.store.places import KINDS, Place, forked, place_of, result, set_driver
 
-pytest_plugins = ("tests.store.postgres_server",)
+pytest_plugins = ("tests.store.postgres_fixture",)
 RATIO = Ratio(counts=(3, 7))
 
 

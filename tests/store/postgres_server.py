@@ -7,21 +7,11 @@ import socket
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-import pytest
-
 USER, DATABASE = "duet", "studies"
-
-
-def _programs() -> Path | None:
-    """The folder of `initdb`: Debian's newest, or that on the PATH."""
-    if found := list(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
-        return max(found, key=lambda path: int(path.parts[-3])).parent
-    on_path = shutil.which("initdb")
-    return Path(on_path).resolve().parent if on_path else None
 
 
 class PostgresServer:
@@ -80,23 +70,6 @@ class PostgresServer:
             [self._programs / program, "-D", self.folder / "data", *arguments],
             user=self._user, cwd=self.folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         )  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[PostgresServer]:
-    """A running server; `PGPASSWORD` is set while it is there."""
-    pytest.importorskip("psycopg")
-    programs = _programs()
-    if programs is None:
-        pytest.skip("no PostgreSQL server here: install Debian's `postgresql`, or put `initdb` on the PATH")
-    server = PostgresServer(programs)
-    patch = pytest.MonkeyPatch()
-    patch.setenv("PGPASSWORD", server.password)
-    try:
-        yield server
-    finally:
-        patch.undo()
-        server.remove()
 
 
 def free_port() -> int:

@@ -14,7 +14,7 @@ from duet_ray.study import Study
 from tests.store.places import KINDS, Place, place_of
 from tests.toy_study import write_toy_study
 
-pytest_plugins = ("tests.store.postgres_server",)
+pytest_plugins = ("tests.store.postgres_fixture",)
 
 
 def start(folder: Path, url: str | None, *, n_sessions: int = 1) -> None:

@@ -23,7 +23,7 @@ from duet_ray.store.postgresql import MAX_NAME_BYTES, PostgreSQL, schema_name
 from tests.store.places import forked, result, set_driver
 from tests.store.postgres_server import PostgresServer, Wire, free_port
 
-pytest_plugins = ("tests.store.postgres_server",)
+pytest_plugins = ("tests.store.postgres_fixture",)
 pytestmark = pytest.mark.postgres
 
 RATIO = Ratio(counts=(3, 7))
@@ -179,7 +179,7 @@ def test_a_server_that_stops_and_starts_loses_nothing_and_doubles_nothing(
 def wire(postgres: PostgresServer) -> Iterator[tuple[Wire, list[str]]]:
     """A connection that is cut at a COMMIT, once for every entry of the list: `before` or `after` it is carried out."""
     cuts = list[str]()
-    wire = Wire(postgres.port, lambda data: cuts.pop(0) if cuts and b"COMMIT" in data else None)
+    wire = Wire(postgres.port, lambda data: cuts.pop(0) if cuts and b"COMMIT\0" in data else None)
     yield wire, cuts
     wire.close()
 
