@@ -35,7 +35,7 @@ STAND_INS = {
             start) [[ $RAY == broken ]] && exit 1
                    trap 'echo $NODE >> $LOG/ended; exit 0' TERM
                    stat --format=%a $RAY_AUTH_TOKEN_PATH > $LOG/mode; cat $RAY_AUTH_TOKEN_PATH > $LOG/token
-                   [[ $* =~ --temp-dir\\ ([^ ]+) ]] && mkdir -p ${BASH_REMATCH[1]}
+                   [[ $* =~ --temp-dir\\ ([^ ]+) ]] && touch ${BASH_REMATCH[1]}/session
                    echo "$NODE $RAY_AUTH_MODE $*" >> $LOG/started
                    while true; do sleep 0.02; done ;;
             status) [[ $RAY == works ]] || exit 1
@@ -114,7 +114,9 @@ class Allocation:
             p for p in psutil.process_iter(["cmdline"]) if str(self.folder) in " ".join(p.info["cmdline"] or [])
         ]
         assert not (self.shared / f"ray-{job}").exists()
-        assert not Path(f"/tmp/ray-{job}").exists()
+        folders = [line.split("--temp-dir ")[1].split()[0] for line in self.lines("started")]
+        assert len(set(folders)) == len(folders), "two nodes on one machine would delete each other's files"
+        assert not any(Path(folder).exists() for folder in folders)
 
 
 @pytest.fixture
