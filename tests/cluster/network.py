@@ -28,6 +28,11 @@ def lets_through(
     )
 
 
+def lets_in(policies: Sequence[dict[str, Any]], source: Peer, target: Peer, port: int) -> bool:
+    """Whether the target by itself lets the source in, whatever the source is allowed to reach."""
+    return _allowed(policies, target, source, "Ingress", port, "TCP")
+
+
 def _allowed(
     policies: Sequence[dict[str, Any]], pod: Peer, other: Peer, direction: str, port: int, protocol: str
 ) -> bool:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.cluster.commands import blocks
 from tests.cluster.manifests import CLUSTER, FILES, OBJECTS, PODS, RAY_PODS, TEMPLATES, Pod, of_kind, read_yaml
-from tests.cluster.network import Peer, lets_through
+from tests.cluster.network import Peer, lets_in, lets_through
 
 LAUNCHER: dict[str, Any] = read_yaml((CLUSTER / "ray-up/aws.yaml").read_text(encoding="utf-8"))[0]
 SLURM = (CLUSTER / "slurm/duet.sbatch").read_text(encoding="utf-8")
@@ -176,6 +176,13 @@ def test_the_dashboard_listens_on_loopback_or_behind_a_policy() -> None:
 )
 def test_who_reaches_whom(source: Peer, target: Peer, port: int, is_let_through: bool) -> None:
     assert lets_through(POLICIES, source, target, port) == is_let_through
+
+
+@pytest.mark.parametrize(
+    ("source", "is_let_in"), [(HEAD, True), (WORKER, False), (SUBMITTER, False), (OPERATOR, False)]
+)
+def test_the_store_lets_in_the_driver_alone(source: Peer, is_let_in: bool) -> None:
+    assert lets_in(POLICIES, source, POSTGRES, 5432) == is_let_in
 
 
 def test_names_are_looked_up_by_datagrams_too() -> None:
