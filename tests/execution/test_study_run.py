@@ -48,6 +48,7 @@ def effect(model, tokenizer):
         time.sleep(3600)
     if (HERE / "hold-at").exists() and n_calls >= int((HERE / "hold-at").read_text()):
         (HERE / "holding").touch()
+        (HERE / f"holding-{os.getpid()}").touch()
         while (HERE / "hold-at").exists():
             time.sleep(0.05)
     return 0.0
