@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from duet_ray import file_systems
 from duet_ray.errors import StoreError
 from duet_ray.records import BASE_TRIAL, Observation, PastRun, Ratio
 from duet_ray.store import Store, schema
+from tests.store.network_mount import network_mount
 from tests.store.places import result, set_driver
 
 RATIO = Ratio(counts=(3, 7))
@@ -255,6 +257,22 @@ def test_a_share_is_refused_with_the_reason_and_the_remedies(tmp_path: Path, mon
         pass  # The folder may be shared if the store is not.
     with pytest.raises(StoreError, match="nfs4"):
         Store(local / "x", create=True, url=f"sqlite:///{share}/x.db")
+
+
+@pytest.mark.parametrize("kind", ["fuse.sshfs", "fuse.gcsfuse"])
+def test_a_share_that_is_really_mounted_is_refused(tmp_path: Path, kind: str) -> None:
+    share, linked = tmp_path / "a share", tmp_path / "linked"
+    share.mkdir()
+    linked.symlink_to(share)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(network_mount(share, kind))
+        except OSError as error:
+            pytest.skip(f"cannot mount: {error}")
+        for folder in (share / "studies" / "x", linked / "x"):
+            with pytest.raises(StoreError, match=rf"SQLite cannot be used on a network file system \({kind}\)"):
+                Store(folder, create=True)
+    Store(share / "studies" / "x", create=True).close()
 
 
 # Locks ------------------------------------------------------------------------------------------------------------
