@@ -30,6 +30,8 @@ STAND_INS = {
             "show job") echo "   JobState=$STATE Reason=None" ;;
             requeue*) cat $LOG/ended $LOG/requeued 2>/dev/null > $LOG/at-requeue; echo $2 > $LOG/requeued ;;
         esac""",
+    "mktemp": """
+        folder=$(PATH=${PATH#*:} mktemp "$@"); echo $folder | tee -a $LOG/folders""",
     "ray": """
         case $1 in
             start) [[ $RAY == broken ]] && exit 1
@@ -114,9 +116,10 @@ class Allocation:
             p for p in psutil.process_iter(["cmdline"]) if str(self.folder) in " ".join(p.info["cmdline"] or [])
         ]
         assert not (self.shared / f"ray-{job}").exists()
-        folders = [line.split("--temp-dir ")[1].split()[0] for line in self.lines("started")]
-        assert len(set(folders)) == len(folders), "two nodes on one machine would delete each other's files"
-        assert not any(Path(folder).exists() for folder in folders)
+        assert not [folder for folder in self.lines("folders") if Path(folder).exists()]
+        used = [line.split("--temp-dir ")[1].split()[0] for line in self.lines("started")]
+        assert len(set(used)) == len(used), "two nodes on one machine would delete each other's files"
+        assert set(used) <= set(self.lines("folders"))
 
 
 @pytest.fixture
