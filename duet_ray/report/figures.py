@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -48,6 +49,10 @@ DPI = 150
 WIDTH = 9.0
 _SEARCH = "#0072B2"
 _START = "#8A8A8A"
+MOST_BARS = 200
+"""With more trials their bars would be all edge, and drawing them takes minutes."""
+MOST_NAMES = 120
+"""More trials than this are not all named at an axis."""
 _LOOSE = 3.0
 """A value further than this many widths of the middle 80 % outside them goes to the edge of the axis."""
 
@@ -137,27 +142,12 @@ def mixtures(summary: StudySummary) -> Picture | None:
     shares = np.stack([t.ratio.values for t in trials if t.ratio is not None])
     n_columns = 1 if len(names) <= 10 else 2
     figure, axes = _canvas(max(4.2, 0.24 * -(-len(names) // n_columns) + 1.4))
-    bottom = np.zeros(len(trials))
-    width = 0.86 if len(trials) <= 30 else 0.94
-    for index, _ in enumerate(names):
-        look = domain_look(index)
-        used = np.flatnonzero(shares[:, index])
-        bars = axes.bar(
-            used,
-            shares[used, index],
-            width,
-            bottom=bottom[used],
-            color=look.colour,
-            hatch=look.hatch,
-            edgecolor="white",
-            linewidth=0.4,
-        )
-        for bar, place in zip(bars, used, strict=True):
-            bar.set_alpha(1.0 if trials[place].observation else 0.35)
-        bottom += shares[:, index]
+    has_value = np.array([t.observation is not None for t in trials])
+    (_bars if len(trials) <= MOST_BARS else _columns)(axes, shares, has_value)
     for x, trial in enumerate(trials):
         mark = "★" if trial is best else "×" if trial.status == "failed" else "…" if trial.status == "pending" else ""
-        axes.text(x, 1.012, mark, ha="center", va="bottom", fontsize=12, color=INK)
+        if mark:
+            axes.text(x, 1.012, mark, ha="center", va="bottom", fontsize=12, color=INK)
     _mark_start_design(axes, trials, shade=False)
     axes.set_xlim(-0.6, max(len(trials), 6) - 0.4)
     axes.set_ylim(0, 1)
@@ -199,6 +189,46 @@ def mixtures(summary: StudySummary) -> Picture | None:
     )
 
 
+def _bars(axes: Axes, shares: np.ndarray, has_value: np.ndarray) -> None:
+    """Stacked bars, paler where a trial has no value. `shares`: `(n_trials, n_domains)`."""
+    bottom = np.zeros(len(shares))
+    width = 0.86 if len(shares) <= 30 else 0.94
+    for index in range(shares.shape[1]):
+        look = domain_look(index)
+        used = np.flatnonzero(shares[:, index])
+        bars = axes.bar(
+            used,
+            shares[used, index],
+            width,
+            bottom=bottom[used],
+            color=look.colour,
+            hatch=look.hatch,
+            edgecolor="white",
+            linewidth=0.4,
+        )
+        for bar, place in zip(bars, used, strict=True):
+            bar.set_alpha(1.0 if has_value[place] else 0.35)
+        bottom += shares[:, index]
+
+
+def _columns(axes: Axes, shares: np.ndarray, has_value: np.ndarray) -> None:
+    """The same without gaps and edges, which would hide columns of a pixel: one or two collections a domain, since
+    thousands of bars in fifty colours take minutes.
+    """
+    top = np.cumsum(shares, axis=1)
+    left, right = np.arange(len(shares)) - 0.5, np.arange(len(shares)) + 0.5
+    for index in range(shares.shape[1]):
+        high, low = top[:, index], top[:, index] - shares[:, index]
+        outline = ((left, low), (right, low), (right, high), (left, high))
+        corners = np.stack([np.stack(xy, axis=-1) for xy in outline], axis=1)
+        for alpha, which in ((1.0, has_value), (0.35, ~has_value)):
+            drawn = corners[which & (shares[:, index] > 0)]
+            colour = domain_look(index).colour
+            axes.add_collection(
+                PolyCollection(list(drawn), facecolors=colour, linewidths=0, alpha=alpha, antialiased=False)
+            )
+
+
 def samples(summary: StudySummary) -> Picture | None:
     """The k values of every trial, best trial first, so that noise and differences can be compared by eye.
 
@@ -224,7 +254,9 @@ def samples(summary: StudySummary) -> Picture | None:
     _crosses(axes, [places[t.number] for t in short])
     axes.set_xlim(-0.6, max(len(trials), 6) - 0.4)
     size = 9 if len(trials) <= 24 else 7 if len(trials) <= 45 else 6
-    axes.set_xticks(range(len(trials)), [t.name for t in trials], rotation=90, fontsize=size)
+    every = -(-len(trials) // MOST_NAMES)
+    named = trials[::every]
+    axes.set_xticks(range(0, len(trials), every), [t.name for t in named], rotation=90, fontsize=size)
     axes.set_xlabel("trials, the best observation first", color=INK)
     _value_axis(axes, summary, limits)
     what = f"observation: the best of {k_text(summary)}" if summary.k > 1 else "observation"

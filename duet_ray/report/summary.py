@@ -346,10 +346,16 @@ def finalists(summary: StudySummary) -> tuple[tuple[Trial, Measurement], ...]:
     The uniform ratio is measured again in every study for comparison, so it counts as a finalist only where it also
     is the best observed or the recommended one.
     """
+    # One pass over the confirmations, of which there are few: one for every trial takes seconds with thousands of them.
+    fresh: dict[str, list[SampleResult]] = {}
+    for confirmation in confirmations(summary):
+        fresh.setdefault(confirmed_name(confirmation), []).extend(confirmation.samples)
+    if not fresh:
+        return ()
     own, uniform = (best_trial(summary), recommended_trial(summary)), uniform_trial(summary)
     found = []
     for trial in (*observed(summary), *(t for t in confirmations(summary) if is_anywhere(t))):
-        again = confirmation_of(summary, trial.name)
+        again = measurement_of(fresh.get(trial.name, ()))
         if again and (trial is not uniform or any(trial is t for t in own)):
             found.append((trial, again))
     return tuple(found)
@@ -402,7 +408,8 @@ def that_keep(summary: StudySummary, trials: Sequence[Trial], *, fresh: bool = F
 
 def compromise_of(summary: StudySummary, trials: Sequence[Trial], *, fresh: bool = False) -> Trial | None:
     """The trial that gives up least between the metrics of the study's front; None without a front."""
-    if summary.config is None or not trials:
+    objective = objective_of(summary.config)
+    if summary.config is None or objective is None or not objective.pareto or not trials:
         return None
     place = gives_up_least(summary.config, [metrics_of(summary, t, fresh=fresh) for t in trials])
     return None if place is None else trials[place]
@@ -417,7 +424,8 @@ def metrics_of(summary: StudySummary, trial: Trial, *, fresh: bool) -> dict[str,
     """
     if summary.config is None:
         return {}
-    again = [s for t in confirmations(summary) if confirmed_name(t) == trial.name for s in t.samples if s.ok and fresh]
+    confirmed = [t for t in confirmations(summary) if confirmed_name(t) == trial.name] if fresh else []
+    again = [s for t in confirmed for s in t.samples if s.ok]
     best = best_sample(trial, summary.direction)
     return metric_values(summary.config, again or ([best] if best else []))
 

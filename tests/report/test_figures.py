@@ -90,6 +90,25 @@ def test_the_best_so_far_line_is_the_running_best(axes_drawn: list[Figure]) -> N
     assert list(line.get_ydata()) == [2.5, 2.5, 2.5, 2.1]
 
 
+def test_many_trials_are_columns_that_stand_where_bars_would(axes_drawn: list[Figure]) -> None:
+    summary = study([[2.5], [None], [2.4]] * 80, n_domains=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "MOST_BARS", 240)
+        figures.mixtures(summary)
+    figures.mixtures(summary)
+    bars, columns = (figure.axes[0] for figure in axes_drawn)
+    assert len(columns.collections) == 2 * 3
+    expected = {(round(b.get_x() + b.get_width() / 2), b.get_y(), b.get_height(), b.get_alpha()) for b in bars.patches}
+    found = set()
+    for collection in columns.collections:
+        for path in collection.get_paths():
+            box = path.get_extents()
+            found.add((round((box.x0 + box.x1) / 2), box.y0, box.y1 - box.y0, collection.get_alpha()))
+    key = [sorted((x, round(y, 9), round(h, 9), alpha) for x, y, h, alpha in some) for some in (expected, found)]
+    assert key[0] == key[1]
+    assert len(found) > 240
+
+
 def test_stacked_bars_sum_to_one(axes_drawn: list[Figure]) -> None:
     figures.mixtures(study([[2.5], [2.4], [2.3]], n_domains=20))
     tops: dict[int, float] = {}
