@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import TypeVar
 
 from sqlalchemy import Connection, select, update
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, NoResultFound, SQLAlchemyError
 
 from duet_ray.errors import StoreError, StudyLocked
 from duet_ray.store import schema
@@ -141,7 +141,7 @@ class Transactions:
                     _roll_back(connection)
                     raise
                 return result
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, NoResultFound) as error:
             raise StoreError(f"{self.database.place}: is damaged: a part of it cannot be read ({error})") from error
 
     def complaint(self, error: DBAPIError) -> str:

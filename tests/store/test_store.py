@@ -196,6 +196,14 @@ def test_a_corrupted_file_ends_in_a_store_error_or_in_an_answer(tmp_path: Path, 
     assert 20 < n_noticed < 150
 
 
+def test_a_store_whose_lease_is_missing_is_damaged(tmp_path: Path) -> None:
+    Store(tmp_path, create=True).close()
+    with sqlite3.connect(tmp_path / "study.db") as raw:
+        raw.execute("DELETE FROM driver")
+    with pytest.raises(StoreError, match=r"study.db: is damaged"), Store(tmp_path).writing():
+        pass
+
+
 # A full disk ------------------------------------------------------------------------------------------------------
 
 
