@@ -1,6 +1,8 @@
 """Every study file under `jobs/`: well-formed, its own launch line on top, the paper's as the paper has them."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,12 @@ import pytest
 import yaml
 
 from duet_ray.config import StudyConfig, config_from, load_config
-from duet_ray.domains import BadRow, ParsedRow, Record
+from duet_ray.domains import BadRow, ParsedRow, Record, prepare_domains
 from duet_ray.domains.formats import COLUMNS, parse_record
 from duet_ray.offline import check_offline
 from duet_ray.preflight import preflight
 from duet_ray.study_file import leaves
-from tests.tiny_model import write_tiny_model
+from tests.tiny_model import tiny_tokenizer, write_tiny_model
 from tests.toy_study import WORDS, write_rows
 
 JOBS = Path(__file__).parents[2] / "jobs"
@@ -214,6 +216,34 @@ def test_a_domains_columns_fit_the_hubs_rows(name: str) -> None:
     assert isinstance(parse_record(Record(name, 1, {"x": 1}), domain.format, domain.columns), BadRow)
 
 
+def test_the_domains_are_read_from_copies_of_the_hubs_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All nine through the hub's reader: parquet folders with the names of the splits."""
+    import datasets
+
+    load = datasets.load_dataset
+    cache = str(tmp_path / "cache")
+
+    def load_local(path: str, *, name: str | None, split: str, revision: str | None) -> Any:
+        return load(path, cache_dir=cache, split=split)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_local)
+    data = load_config(JOBS / "paper" / "truthfulqa-llama3-8b.yaml").model_dump(mode="json")
+    data |= {"feedback": {"kind": "heldout_loss", "file": "none"}, "storage": "studies"}
+    for domain in data["domains"]:
+        row = HUB_ROWS[domain["name"]][0]
+        varied = next(key for key in ("question", "qtext", "ctx", "text") if key in row)
+        table = pa.Table.from_pylist([{**row, varied: f"{row[varied]} {number}"} for number in range(20)])
+        (tmp_path / domain["name"]).mkdir()
+        pq.write_table(table, tmp_path / domain["name"] / f"{domain['split']}.parquet")
+        domain["source"] = f"hf:./{domain['name']}"
+    domains = prepare_domains(config_from(data, folder=tmp_path), tiny_tokenizer())
+    assert [domain.name for domain in domains] == list(HUB_ROWS)
+    for domain in domains:
+        assert domain.report.n_bad == 0
+        assert domain.report.n_read == (10 if domain.name == "truthfulqa" else 20)
+        assert domain.train.texts([0])[0]["completion"].startswith(HUB_ROWS[domain.name][2])
+
+
 def test_the_pubmedqa_task_asks_in_lm_evals_words(tmp_path: Path) -> None:
     """The task file on local rows of the hub's schema; lm-eval's own function writes the expected prompt."""
     from lm_eval.tasks.pubmedqa.preprocess_pubmedqa import doc_to_text
@@ -263,3 +293,25 @@ def weights_keys(path: Path, folder: Path, *overrides: str) -> tuple[str, ...]:
     data["feedback"] = {"kind": "heldout_loss", "file": "task.jsonl"}
     data["storage"] = "studies"
     return preflight(config_from(data, folder=folder)).weights_keys
+
+
+README = (JOBS / "README.md").read_text(encoding="utf-8")
+SETTINGS = sorted({text for text in re.findall(r"`(--set [^`]+)`", README) if "…" not in text})
+
+
+def test_the_readme_has_settings() -> None:
+    assert len(SETTINGS) >= 8
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("path", [LORA[0], FULL[0]], ids=ids([LORA[0], FULL[0]]))
+def test_the_settings_in_the_readme_go_with_the_studies(settings: str, path: Path) -> None:
+    words = shlex.split(settings)
+    overrides = [text for flag, text in zip(words[::2], words[1::2], strict=True) if flag == "--set"]
+    assert len(overrides) == len(words) / 2
+    assert load_config(path, overrides) != load_config(path)
+
+
+def test_the_readmes_table_names_the_files() -> None:
+    for path in PAPER:
+        assert f"`{path.stem}`" in README or (path.stem.endswith("-qwen25-7b") and "`-qwen25-7b`" in README)
