@@ -14,7 +14,7 @@ FLOORS: list[set[str]] = [
     {"budget", "domains", "kept_models", "likelihood", "mixture", "reduce", "store"},
     {"training", "feedback"},
     {"selection", "search"},
-    {"offline", "preflight", "execution", "report"},
+    {"doctor", "offline", "preflight", "execution", "report"},
     {"study"},
     {"cli"},
 ]

@@ -2,7 +2,7 @@
 
 import typer
 
-from duet_ray.cli import export, import_runs, init, report, run, score, status, validate
+from duet_ray.cli import doctor, export, import_runs, init, report, run, score, status, validate
 from duet_ray.cli.console import ending_with_a_code, log_to_standard_error
 
 app = typer.Typer(
@@ -12,7 +12,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (init, validate, import_runs, score, run, status, report, export):
+for verb in (init, validate, import_runs, score, run, status, report, export, doctor):
     app.command(name=verb.__name__.rsplit(".", 1)[-1].replace("_", "-"))(verb.command)
 
 

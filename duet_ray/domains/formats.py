@@ -233,6 +233,8 @@ def _look_up(data: Any, name: str) -> Any:
     if not rest:
         return _NOTHING
     inner = data.get(head, _NOTHING) if isinstance(data, Mapping) else _NOTHING
+    if inner is _NOTHING:
+        return _NOTHING
     if isinstance(inner, list):
         found = [_look_up(item, rest) for item in inner]
         return _NOTHING if any(value is _NOTHING for value in found) else found
@@ -346,7 +348,8 @@ def _message(number: int, turn: Any, role_key: str, content_key: str, roles: Map
     given = turn.get(role_key)
     role = roles.get(given) if isinstance(given, str) else None
     if role is None:
-        raise _Refused(f"turn {number}: {role_key} must be one of {', '.join(roles)}, got {given!r}")
+        shown = repr(given[:80]) if isinstance(given, str) else type(given).__name__
+        raise _Refused(f"turn {number}: {role_key} must be one of {', '.join(roles)}, got {shown}")
     for extra in ("tool_calls", "function_call"):
         if turn.get(extra):
             raise _Refused(f"turn {number}: {extra} cannot be learned yet")
