@@ -31,7 +31,7 @@ class ToyWorker:
     """Stands in for `duet_ray.execution.worker.Worker`.
 
     Args:
-        log: a file; one line for every training.
+        log: a file; one line for every training that begins.
         seconds: that a training takes.
     """
 
@@ -82,12 +82,12 @@ class ToyWorker:
         if known is not None and known.get(MARK) == digest and self._models.has(known[MODEL]):
             return str(known[MODEL])
         progress("training", 1, 2)
-        time.sleep(self._seconds)
         if self._log is not None:
             with open(self._log, "a", encoding="utf-8") as file:
                 file.write(f"{spec.key}\n")
                 file.flush()
                 os.fsync(file.fileno())
+        time.sleep(self._seconds)
         place = self._models.keep(folder, "adapter", lambda local: _write_adapter(local, digest))
         write_json(trained_file(folder), {MARK: digest, MODEL: place})
         return place
