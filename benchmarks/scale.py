@@ -51,7 +51,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def broker_table(done: Sequence[tuple[str, Simulated]]) -> str:
-    head = ["pace", "groups", "samples", "deaths", "calls a sample", "calls a second",
+    head = ["pace", "groups", "samples", "deaths", "study, s", "calls a sample", "calls a second",
             *(f"`{name}` a second" for name in CALLS), "µs a lease", "ms a pulse (worst)", "KiB a pulse",
             "busy in its own Python"]  # fmt: skip
     rows = [
@@ -60,6 +60,7 @@ def broker_table(done: Sequence[tuple[str, Simulated]]) -> str:
             f"{one.n_groups:,}",
             f"{one.n_samples:,}",
             f"{one.n_deaths}",
+            f"{one.seconds:.0f}",
             f"{one.calls_per_sample:.0f}",
             f"{one.calls_per_second:,.0f}",
             *(f"{one.calls[name] / one.seconds:,.0f}" for name in CALLS),
@@ -142,10 +143,15 @@ def data_table(results: Sequence[Prepared]) -> str:
         _line("read stored weights, s", [f"{one.weights_seconds:.3f}" for one in results]),
         _line("worker holds for both, MiB", [f"{one.worker_bytes / MIB:.1f}" for one in results]),
     ]
-    for n_rows in results[0].draw_seconds:
-        rows.append(_line(f"draw {n_rows:,} rows, s", [f"{one.draw_seconds[n_rows]:.3f}" for one in results]))
-        rows.append(_line("gather their tokens, s", [f"{one.gather_seconds[n_rows]:.3f}" for one in results]))
+    for n_rows in sorted({n for one in results for n in one.draw_seconds}):
+        drawn, gathered = [r.draw_seconds.get(n_rows) for r in results], [r.gather_seconds.get(n_rows) for r in results]
+        rows.append(_line(f"draw {n_rows:,} rows, s", [_seconds(one) for one in drawn]))
+        rows.append(_line("gather their tokens, s", [_seconds(one) for one in gathered]))
     return table(head, rows)
+
+
+def _seconds(found: float | None) -> str:
+    return "" if found is None else f"{found:.3f}"
 
 
 def _line(name: str, texts: Sequence[str]) -> list[str]:

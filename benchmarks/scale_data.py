@@ -31,7 +31,7 @@ CHUNK = 50_000
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What so many rows cost, from their sources to the tokens of a mixture."""
+    """What so many rows cost, from their sources to the tokens of each mixture that they are enough for."""
 
     n_rows: int
     n_domains: int
@@ -171,7 +171,7 @@ def _use(folder: Path, folders: list[Path], keys: list[str], mixtures: tuple[int
         "gathered_tokens": {},
         "all_distinct": True,
     }
-    for sample, n_rows in enumerate(mixtures):
+    for sample, n_rows in enumerate(n for n in mixtures if n <= sum(len(domain.train) for domain in domains)):
         share = np.array([len(domain.train) for domain in domains], dtype=float)
         ratio = Ratio(counts=tuple(rows_per_domain(share / share.sum(), n_rows).tolist()))
         domains[0].train.row(0)  # What Arrow loads once.

@@ -5,13 +5,14 @@ broker share the machine here, so what the broker itself is busy for (the CPU ti
 included) is the number to go by: its inverse is what a broker with a core of its own could serve.
 """
 
+import io
 import os
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,7 @@ def process_memory() -> dict[str, float]:
     from ray.train.torch import TorchTrainer
 
     broker = start_broker("broker-memory", NAMESPACE, 1, None)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         stop = Path(folder) / "stop"
         trainer = TorchTrainer(
             _wait,
@@ -155,7 +156,6 @@ def process_memory() -> dict[str, float]:
             tune.with_resources(trial, {"node:__internal_head__": 0.001}),
             run_config=tune.RunConfig(name="tune", storage_path=folder, verbose=0),
         )
-        before = psutil.Process().memory_full_info().uss
         threads = [threading.Thread(target=what.fit) for what in (trainer, tuner)]
         for thread in threads:
             thread.start()
@@ -167,7 +167,6 @@ def process_memory() -> dict[str, float]:
             found = _uss_of(kinds)
         time.sleep(5)
         found = _uss_of(kinds)
-        found["driver's own share"] = (psutil.Process().memory_full_info().uss - before) / MIB
         found["broker"] = psutil.Process(_pid_of("ray::Broker")).memory_full_info().uss / MIB
         stop.touch()
         ray.get(broker.close.remote())
