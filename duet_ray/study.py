@@ -22,6 +22,7 @@ from duet_ray.errors import DuetError, StoreError, StudyChanged
 from duet_ray.execution.study_run import Paused, SilentWatcher, StudyRun, Watcher
 from duet_ray.execution.worker import Assignment, load_draws, mixture_of
 from duet_ray.files import write_file
+from duet_ray.kept_models import KeptModels, is_url
 from duet_ray.mixture import rows_digest
 from duet_ray.preflight import Preflight, preflight, resolved_values
 from duet_ray.records import SampleResult, Trial
@@ -188,9 +189,9 @@ class Study:
         from duet_ray.report.export import export_best
 
         sample = self._handed_over(self.best())
-        spec, adapter = sample.spec, self.folder / (sample.adapter or "")
-        if sample.adapter is None or not adapter.is_dir():
-            raise DuetError(f"the model of {spec.key} is not at {adapter}; it was moved or deleted")
+        spec, models = sample.spec, KeptModels.of(self.config)
+        if sample.adapter is None or not models.has(sample.adapter):
+            raise DuetError(f"the model of {spec.key} is not at {self.place_of(sample)}; it was moved or deleted")
         ready = preflight(self.config)
         store = open_store(self.folder, self.config.store)
         record = store.study()
@@ -202,16 +203,23 @@ class Study:
             raise StudyChanged(
                 f"the rows that {spec.key} was trained on cannot be drawn again: the stored weights have changed since"
             )
-        return export_best(
-            self.summary(),
-            study_folder=self.folder,
-            out=Path(out),
-            texts=lambda domain, rows: ready.domains[domain].train.texts(list(rows)),
-            rows=mixture,
-            adapter=adapter,
-            sample=sample,
-            overwrite=overwrite,
-        )
+        with models.opened(sample.adapter) as adapter:
+            return export_best(
+                self.summary(),
+                study_folder=self.folder,
+                out=Path(out),
+                texts=lambda domain, rows: ready.domains[domain].train.texts(list(rows)),
+                rows=mixture,
+                adapter=adapter,
+                sample=sample,
+                overwrite=overwrite,
+            )
+
+    def place_of(self, sample: SampleResult) -> str:
+        """Where a sample's model is kept: a folder, or a URL."""
+        if sample.adapter is not None and is_url(sample.adapter):
+            return sample.adapter
+        return str(self.folder / (sample.adapter or ""))
 
     # ------------------------------------------------------------------------------------------------------------
 
@@ -225,10 +233,11 @@ class Study:
 
         best = best_sample(trial, self.config.direction)
         assert best is not None, "it has a value"
-        if best.adapter is None or (self.folder / best.adapter).is_dir():
+        models = KeptModels.of(self.config)
+        if best.adapter is None or models.has(best.adapter):
             return best
         again = [s for t in confirmations(self.summary()) if t.point == trial.point for s in t.samples]
-        there = [s for s in again if s.value is not None and s.adapter and (self.folder / s.adapter).is_dir()]
+        there = [s for s in again if s.value is not None and models.has(s.adapter)]
         return min(there, key=lambda s: self.config.direction.to_loss(s.value or 0.0), default=best)
 
     @contextmanager

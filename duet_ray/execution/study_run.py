@@ -45,7 +45,6 @@ from duet_ray.store import Store
 log = logging.getLogger(__name__)
 
 PUMP_SECONDS = 0.2
-RENEW_SECONDS = 10.0
 
 
 class Watcher(Protocol):
@@ -121,7 +120,6 @@ class StudyRun:
         self._pump_lock = threading.Lock()
         self._n_pumped = 0
         self._n_measured: dict[int, int] = {}
-        self._next_renewal = 0.0
         self._models = KeptModels.of(self.config)
 
     def stop(self) -> None:
@@ -348,7 +346,7 @@ class StudyRun:
         return errors
 
     def _pump(self) -> None:
-        """Store what has finished, renew the lease, see that all is well."""
+        """Store what has finished, end what hangs, and say how far it is."""
         with self._pump_lock:
             pulse = self._platform.ask("pulse", self._n_pumped, list(self._platform.ended_groups()))
             for outcome in pulse.finished:
@@ -358,9 +356,6 @@ class StudyRun:
             self._platform.end(place)
         for reason in pulse.given_up:
             log.warning("the study goes on without a group: %s", reason)
-        if time.monotonic() >= self._next_renewal:
-            self._next_renewal = time.monotonic() + RENEW_SECONDS
-            self.store.renew()
         self.watcher.tick(pulse.in_flight)
 
     def _record(self, outcome: Outcome) -> None:

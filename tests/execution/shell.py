@@ -1,8 +1,7 @@
-"""The commands of a README, run as a reader would type them: one shell, block after block."""
+"""A shell that runs blocks of commands one after the other, as a reader of a README would type them."""
 
 import os
 import queue
-import re
 import signal
 import subprocess
 import threading
@@ -12,14 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
-
-_BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-
-
-def blocks_run_in(test: str, readme: Path) -> list[str]:
-    """The blocks of commands whose first line says that they are run in a test, in their order."""
-    blocks = _BLOCK.findall(readme.read_text(encoding="utf-8"))
-    return [block for block in blocks if block.startswith(f"# run in {test}\n")]
 
 
 class Shell:

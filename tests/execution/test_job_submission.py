@@ -17,13 +17,13 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.execution.shell import Shell, blocks_run_in
+from tests.cluster.commands import blocks
+from tests.execution.shell import Shell
 from tests.execution.test_study_run import essence, finish, start, trials_of, write_study
 
 pytestmark = [pytest.mark.ray, pytest.mark.cluster, pytest.mark.timeout(1200)]
 
 ROOT = Path(__file__).parents[2]
-README = ROOT / "cluster" / "README.md"
 
 
 def free_port() -> int:
@@ -55,12 +55,12 @@ def test_a_study_is_submitted_stopped_killed_and_submitted_again(tmp_path: Path,
     shared = tmp_path / "shared"
     study = write_study(shared, fleet__groups=2, storage=str(shared / "studies"))
     (shared / "hold-at").write_text("5")
-    settings, start_nodes, submit, stop_and_submit, end_nodes = blocks_run_in(
-        "tests/execution/test_job_submission.py", README
+    settings, start_nodes, submit, stop_and_submit, end_nodes = (
+        block.text for block in blocks() if block.run_in == "tests/execution/test_job_submission.py"
     )
     environment = {
         **{"SHARED": str(shared), "STUDY": str(study)},
-        **{name: str(free_port()) for name in ("GCS_PORT", "DASHBOARD_PORT", "CLIENT_PORT")},
+        **{name: str(free_port()) for name in ("GCS_PORT", "DASHBOARD_PORT", "CLIENT_PORT", "AGENT_PORT")},
         # Nothing of what this test runs in may stand in for the token of the README.
         **{"HOME": str(tmp_path), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
     }
