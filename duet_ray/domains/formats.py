@@ -320,13 +320,19 @@ def _turns(
 
 def _right_choice(choices: list[Any], labels: list[Any], answer: Any) -> str:
     """The text of the choice that `answer` names, by its label or by its index."""
-    names = [str(label) for label in labels] if labels else [str(index) for index in range(len(choices))]
+    names = [_label(label, "a label") for label in labels] if labels else [str(i) for i in range(len(choices))]
     if len(names) != len(choices):
         raise _Refused(f"there are {len(choices)} choices and {len(names)} labels")
-    given = str(answer).strip()
-    if isinstance(answer, bool) or names.count(given) != 1:
+    given = _label(answer, "answer")
+    if names.count(given) != 1:
         raise _Refused(f"answer must be one of {', '.join(names)[:80]}, got {given[:80]!r}")
     return _answer(_text(choices[names.index(given)], "the right choice"), "the right choice")
+
+
+def _label(value: Any, what: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise _Refused(f"{what} must be text or a whole number, got {type(value).__name__}")
+    return str(value).strip()
 
 
 def _pair(prompt: str, completion: str) -> tuple[Message, ...]:
