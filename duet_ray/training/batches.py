@@ -36,16 +36,35 @@ def micro_batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
     Yields:
         Positions in `lengths`; every position exactly once.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    group: list[int] = []
-    for index in order:
-        longest = lengths[group[0]] if group else 0
-        if group and (len(group) == size or (longest > SHORT and 2 * lengths[index] < longest)):
-            yield group
-            group = []
-        group.append(index)
-    if group:
+    for (group,) in common_micro_batches([lengths], size):
         yield group
+
+
+def common_micro_batches(lengths: Sequence[Sequence[int]], size: int) -> Iterator[list[list[int]]]:
+    """Cut several effective batches, which share their forward passes, at the same places.
+
+    Batches of as many rows have as many rows in every pass, whatever the lengths of their own rows are.
+
+    Args:
+        lengths: of the rows of every batch.
+        size: rows of each batch in one pass, at most.
+
+    Yields:
+        For every batch, its positions in the pass: as `micro_batches` cuts a batch that has the longest row of all at
+        every place; none where its rows have run out.
+    """
+    orders = [sorted(range(len(own)), key=lambda i: (-own[i], i)) for own in lengths]
+    n_places = max(map(len, orders), default=0)
+    longest = [
+        max(own[order[place]] for own, order in zip(lengths, orders, strict=True) if place < len(order))
+        for place in range(n_places)
+    ]
+    first = 0
+    for place in range(1, n_places + 1):
+        is_end = place == n_places or place - first == size
+        if is_end or (longest[first] > SHORT and 2 * longest[place] < longest[first]):
+            yield [order[first:place] for order in orders]
+            first = place
 
 
 def micro_batch_size(training: TrainingConfig, longest: int, device_type: str) -> int:

@@ -1,7 +1,9 @@
 """Several samples' adapters trained in one pass over one frozen base: for a sample, the same as training it alone.
 
 The j-th micro-batches of all samples are put together into one batch. The base sees one batch of them all; behind
-every adapted layer a hook adds, for each sample's slice of the batch, the product of its own A and B. What a sample
+every adapted layer a hook adds, for each sample's slice of the batch, the product of its own A and B: of all slices at
+once where they have as many rows, so the samples' micro-batches are cut at the same places (with dropout they are
+each sample's own, since its masks follow from them). What a sample
 is does not depend on its company: the loss, the clipping, Adam's moments, the learning rate, the state on disk and
 the end, good or bad, are each sample's own, and so is dropout, whose masks are those that `LoraTrainer` would draw.
 The pass is worth it where a single sample does not fill the device, and where a second base would not fit into the
@@ -35,6 +37,7 @@ from duet_ray.likelihood import autocast, collate, pad_id, token_nll
 from duet_ray.records import TokenRow
 from duet_ray.training.base import Halt, TrainReport
 from duet_ray.training.batches import (
+    common_micro_batches,
     effective_batches,
     learning_rate,
     micro_batch_size,
@@ -277,6 +280,7 @@ class _Passes:
         self._pad_id = pad_id
         self._device = adapters.weights.device
         self._replayed = training.gradient_checkpointing
+        self._has_dropout = training.dropout > 0
         self._is_checked = False
 
     def backward(self, runs: Sequence[_Run]) -> torch.Tensor:
@@ -311,13 +315,12 @@ class _Passes:
         self._adapters.gradients.zero_()
         losses = torch.zeros(len(self._adapters.weights), device=self._device)
         own = [run.rows[rank() :: n_ranks()] for run in runs]
-        cuts = [list(micro_batches([len(row) for row in rows], run.size)) for run, rows in zip(runs, own, strict=True)]
         streams = [_Stream(run.seed, self._device) for run in runs]
         try:
-            for groups in zip_longest(*cuts):
+            for groups in self._cuts(runs, [[len(row) for row in rows] for rows in own]):
                 slices, together, n_predicted = [], list[TokenRow](), []
                 for run, rows, stream, group in zip(runs, own, streams, groups, strict=True):
-                    if group is not None:
+                    if group:
                         picked = [rows[i] for i in group]
                         where = slice(len(together), len(together) + len(picked))
                         width = max(map(len, picked))
@@ -339,6 +342,13 @@ class _Passes:
                 return None
             raise
         return losses
+
+    def _cuts(self, runs: Sequence[_Run], lengths: Sequence[Sequence[int]]) -> Iterator[Sequence[list[int]]]:
+        """Every pass, as the positions of its rows in each run's effective batch; none where a run has no more."""
+        if not self._has_dropout:
+            return common_micro_batches(lengths, min(run.size for run in runs))
+        cuts = [micro_batches(own, run.size) for run, own in zip(runs, lengths, strict=True)]
+        return zip_longest(*cuts, fillvalue=[])
 
     @contextmanager
     def _no_randomness_of_its_own(self) -> Iterator[None]:
