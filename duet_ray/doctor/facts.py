@@ -5,6 +5,7 @@ No host is asked anything but this one, the hub, and those that RAY_ADDRESS and 
 """
 
 import http.client
+import importlib
 import json
 import os
 import shutil
@@ -178,7 +179,7 @@ def _secret_file(path: Path) -> SecretFile:
 
 def _can_import(name: str) -> bool:
     try:
-        __import__(name)
+        importlib.import_module(name)
     except ImportError:
         return False
     return True

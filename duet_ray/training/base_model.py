@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from duet_ray.config import StudyConfig
 from duet_ray.errors import ConfigError, Problem, ResourceError
 from duet_ray.training.memory import is_out_of_memory
+from duet_ray.training.not_loadable import reason_of
 
 
 def load_tokenizer(config: StudyConfig) -> Any:
@@ -100,8 +101,7 @@ def _checked_path(config: StudyConfig) -> str:
 
 def _cannot_load(what: str, path: str, config: StudyConfig, error: Exception) -> ConfigError:
     revision = f" at revision {config.model.revision}" if config.model.revision else ""
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    message = f"the {what} of {path}{revision} cannot be loaded: {reason}"
+    message = f"the {what} of {path}{revision} cannot be loaded: {reason_of(error)}"
     if not Path(path).is_dir():
         message += f"; {path} is no folder here, so it was looked for on the hub"
     return ConfigError([Problem(path="model.path", message=message)])
