@@ -22,6 +22,7 @@ from duet_ray.budget import n_confirmations
 from duet_ray.config import StudyConfig
 from duet_ray.errors import ConfigError, Problem
 from duet_ray.training.blocks import in_blocks
+from duet_ray.training.not_loadable import reason_of
 from duet_ray.training.searched import SECTION, common_batch_size, dearest
 
 GIB = 2**30
@@ -572,6 +573,5 @@ def _from_config(about: Any, trust_remote_code: bool) -> Any:
 
 
 def _unreadable(path: str, error: Exception) -> ConfigError:
-    reason = str(error).splitlines()[0]
-    message = f"{path}: cannot be read as a causal language model: {reason}"
+    message = f"{path}: cannot be read as a causal language model: {reason_of(error)}"
     return ConfigError([Problem(path="model.path", message=message)])
