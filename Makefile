@@ -21,7 +21,7 @@ $(1)/.ready: constraints.txt pyproject.toml
 	touch $$@
 endef
 $(eval $(call environment,.venv-demo,demo))
-$(eval $(call environment,.venv-test,full$(comma)test))
+$(eval $(call environment,.venv-test,full$(comma)postgres$(comma)test))
 
 demo: .venv-demo/.ready
 	$(QUIET) .venv-demo/bin/python jobs/quickstart/prepare.py --out $(DEMO)

@@ -35,6 +35,9 @@ STALL_SECONDS, TIMES_STEP = 1800.0, 20.0
 """A sample whose training has made two steps and then none for so long hangs: `TIMES_STEP` its longest step so far, and
 never under half an hour."""
 
+DIED = "its worker died (killed because memory ran out, or its node is lost?)"
+"""All that can be known of a process that is gone: the system that kills for memory leaves no word."""
+
 TaskKind = Literal["sample", "compare", "prepare", "score", "weigh"]
 
 
@@ -244,7 +247,7 @@ class Broker:
                 else f"no group of the fleet has started within {long}; is the cluster busy?"
             )
 
-    def group_lost(self, group: int, reason: str = "its worker died") -> None:
+    def group_lost(self, group: int, reason: str = DIED) -> None:
         """A group is gone: its tasks go back to the front of the queue.
 
         Tasks leased together are done in their order: the first was under way, and fails when its retries are used up.

@@ -44,6 +44,9 @@ def effect(model, tokenizer):
     n_calls = len((HERE / "calls.log").read_text().splitlines())
     if (HERE / "kill-at").exists() and n_calls == int((HERE / "kill-at").read_text()):
         os.kill(os.getpid(), signal.SIGKILL)
+    if (HERE / "memory-at").exists() and n_calls >= int((HERE / "memory-at").read_text()):
+        (Path((HERE / "cgroup").read_text()) / "cgroup.procs").write_text(str(os.getpid()))
+        hoard = [bytearray(os.urandom(1 << 20)) * 16 for _ in range(64)]
     if (HERE / "hang-at").exists() and n_calls == int((HERE / "hang-at").read_text()):
         time.sleep(3600)
     if (HERE / "hold-at").exists() and n_calls >= int((HERE / "hold-at").read_text()):
@@ -204,6 +207,50 @@ def test_a_worker_is_killed(calm: Path, tmp_path: Path) -> None:
     # The model had been trained when its worker died: only the feedback was repeated.
     log = "".join(p.read_text() for p in tmp_path.glob("studies/toy/logs/*.log"))
     assert "was trained already: only its feedback is repeated" in log
+
+
+@pytest.fixture
+def little_memory(tmp_path: Path) -> Iterator[Path]:
+    """A control group that may take 64 MB more, where the rights allow to make one; the kernel kills who takes more."""
+    one, other = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+    root, limit = (one, "memory.limit_in_bytes") if one.is_dir() else (other, "memory.max")
+    group = root / f"duet-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / limit).write_text(str(64 << 20))
+    except OSError as error:
+        if group.is_dir():
+            group.rmdir()
+        pytest.skip(f"no control group of memory can be made here: {error}")
+    yield group
+    for _ in range(100):
+        try:
+            group.rmdir()
+            break
+        except OSError:  # the kernel is still at it
+            time.sleep(0.05)
+
+
+def test_the_kernel_kills_a_worker_for_its_memory(calm: Path, tmp_path: Path, little_memory: Path) -> None:
+    """Again and again in one sample: it fails with a reason that says what may have been, and the study goes on."""
+    study = write_study(tmp_path, sampling={"k": 2, "max_retries": 1})
+    (tmp_path / "cgroup").write_text(str(little_memory))
+    (tmp_path / "memory-at").write_text("4")
+    process = start(study)
+    calls = tmp_path / "calls.log"
+    wait_for(lambda: calls.is_file() and len(calls.read_text().splitlines()) >= 5, process)
+    (tmp_path / "memory-at").unlink()
+    code, output = finish(process)
+    assert code == 0, output
+    [failed] = [s for t in trials_of(study) for s in t.samples if not s.ok]
+    assert failed.reason == "its worker died (killed because memory ran out, or its node is lost?) after 1 retry"
+    [trial] = [t for t in trials_of(study) if t.number == failed.spec.trial]
+    assert trial.observation is not None
+    assert (trial.observation.k, trial.observation.k_used) == (2, 1)
+    done = {s.spec.key: s.value for t in trials_of(calm)[:2] for s in t.samples}
+    assert {s.spec.key: s.value for t in trials_of(study)[:2] for s in t.samples} == done, (
+        "what was before is untouched"
+    )
 
 
 def test_two_trials_at_once_on_one_group_or_on_two(tmp_path: Path) -> None:
