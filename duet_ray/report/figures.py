@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, PathPatch
+from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator
 
 from duet_ray.config import StudyConfig
@@ -212,7 +212,7 @@ def _bars(axes: Axes, shares: np.ndarray, has_value: np.ndarray) -> None:
 
 
 def _columns(axes: Axes, shares: np.ndarray, has_value: np.ndarray) -> None:
-    """The same without gaps and edges, which would hide columns of a pixel: one or two collections a domain, since
+    """The same without gaps and edges, which would hide columns of a pixel: one or two shapes a domain, since
     thousands of bars in fifty colours take minutes.
     """
     top = np.cumsum(shares, axis=1)
@@ -223,10 +223,18 @@ def _columns(axes: Axes, shares: np.ndarray, has_value: np.ndarray) -> None:
         corners = np.stack([np.stack(xy, axis=-1) for xy in outline], axis=1)
         for alpha, which in ((1.0, has_value), (0.35, ~has_value)):
             drawn = corners[which & (shares[:, index] > 0)]
-            colour = domain_look(index).colour
-            axes.add_collection(
-                PolyCollection(list(drawn), facecolors=colour, linewidths=0, alpha=alpha, antialiased=False)
+            if not len(drawn):
+                continue
+            columns = PathPatch(
+                Path.make_compound_path_from_polys(drawn),
+                facecolor=domain_look(index).colour,
+                hatch=domain_look(index).hatch,
+                edgecolor="white",  # of the hatching
+                linewidth=0,
+                alpha=alpha,
+                antialiased=False,
             )
+            axes.add_patch(columns)
 
 
 def samples(summary: StudySummary) -> Picture | None:

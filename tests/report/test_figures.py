@@ -97,13 +97,13 @@ def test_many_trials_are_columns_that_stand_where_bars_would(axes_drawn: list[Fi
         figures.mixtures(summary)
     figures.mixtures(summary)
     bars, columns = (figure.axes[0] for figure in axes_drawn)
-    assert len(columns.collections) == 2 * 3
+    assert len(columns.patches) == 2 * 3
     expected = {(round(b.get_x() + b.get_width() / 2), b.get_y(), b.get_height(), b.get_alpha()) for b in bars.patches}
     found = set()
-    for collection in columns.collections:
-        for path in collection.get_paths():
-            box = path.get_extents()
-            found.add((round((box.x0 + box.x1) / 2), box.y0, box.y1 - box.y0, collection.get_alpha()))
+    for shape in columns.patches:
+        for corners in shape.get_path().to_polygons():
+            (x0, y0), (x1, y1) = corners.min(axis=0), corners.max(axis=0)
+            found.add((round((x0 + x1) / 2), y0, y1 - y0, shape.get_alpha()))
     key = [sorted((x, round(y, 9), round(h, 9), alpha) for x, y, h, alpha in some) for some in (expected, found)]
     assert key[0] == key[1]
     assert len(found) > 240
