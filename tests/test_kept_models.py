@@ -90,6 +90,25 @@ def on_disk(place: str) -> Path:
     return Path(place.removeprefix("file://"))
 
 
+def test_the_list_of_files_is_written_last(at_url: KeptModels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A process that dies between two files leaves none that says it is whole."""
+    local = type(fsspec.filesystem("file"))
+    put, there = local.put_file, []
+
+    def dying(self: object, *arguments: str, **named: object) -> object:
+        there.extend((tmp_path / "elsewhere").rglob(COMPLETE))
+        if arguments[0].endswith("vocab.json"):
+            raise KeyboardInterrupt
+        return put(self, *arguments, **named)
+
+    monkeypatch.setattr(local, "put_file", dying)
+    with pytest.raises(KeyboardInterrupt):
+        at_url.keep(at_url.study_folder / "artifacts" / "t0001" / "s0", "adapter", write)
+    assert list((tmp_path / "elsewhere").rglob("adapter_model.safetensors")), "one file was there"
+    assert not there
+    assert not list((tmp_path / "elsewhere").rglob(COMPLETE))
+
+
 def test_half_an_upload_is_no_model(at_url: KeptModels) -> None:
     folder = at_url.study_folder / "artifacts" / "t0001" / "s0"
     for damage in ("list", "file", "size"):
