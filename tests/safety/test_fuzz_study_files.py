@@ -233,6 +233,7 @@ GOOD_TEXT = yaml.safe_dump(GOOD, sort_keys=False).encode()
 CASES = {
     "billion laughs": LAUGHS,
     "a billion merges": MERGED,
+    "a billion empty lists": LAUGHS.replace("x", "[]"),
     "a long value in many places": f"a: &a {'x' * 200_000}\nb: [{','.join(['*a'] * 9000)}]",
     "a long key above many values": f"? {'k' * 100_000}\n: [{','.join(['x'] * 40_000)}]",
     "an anchor within itself": "a: &a [*a]",
@@ -312,7 +313,12 @@ def test_overrides_that_are_refused(file: Path, override: str) -> None:
     assert isinstance(check(file, GOOD_TEXT, [override[:100_000]]), str)
 
 
-@pytest.mark.parametrize("kind", ["folder", "ring", "closed", "pipe-like name"])
+def test_a_file_that_is_nested_too_deeply_says_where(file: Path) -> None:
+    found = check(file, ("name: x\na: " + "[" * 40 + "]" * 40).encode())
+    assert found == "nested more than 32 deep (study.yaml line 2)"
+
+
+@pytest.mark.parametrize("kind", ["folder", "ring", "closed", "long name"])
 def test_what_is_no_file(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "study.yaml"
     if kind == "folder":
