@@ -33,7 +33,7 @@ def ray_session(config: StudyConfig, say: Callable[[str], None] = lambda _: None
     """A Ray to run on: the one at `RAY_ADDRESS` or already connected, else a local one, stopped at the end.
 
     Args:
-        say: told what is waited for.
+        say: told what is waited for, again and again; what it raises ends the wait.
 
     Raises:
         ResourceError: it cannot be reached, or has no room for the fleet.
@@ -117,12 +117,12 @@ def wait_for_room(
 
     Args:
         nodes: the resources of the nodes that are there now.
+        say: told what is missing, every second; what it raises ends the wait.
 
     Raises:
         ResourceError: it has not within `fleet.wait_minutes`.
     """
     deadline = time.monotonic() + 60 * config.fleet.wait_minutes
-    said = ""
     while True:
         there = nodes()
         try:
@@ -132,10 +132,8 @@ def wait_for_room(
             if time.monotonic() >= deadline:
                 waited = f"waited {config.fleet.wait_minutes:g} minutes (fleet.wait_minutes) for the cluster's nodes"
                 raise ResourceError(f"{error}\n{waited}") from None
-            line = f"waiting for nodes, {len(there)} {'is' if len(there) == 1 else 'are'} here: {error}"
-            if line != said:
-                say(line.splitlines()[0])
-                said = line
+            n_there = f"{len(there)} {'is' if len(there) == 1 else 'are'} here"
+            say(f"waiting for nodes, {n_there}: {error}".splitlines()[0])
         time.sleep(POLL_SECONDS)
 
 

@@ -113,12 +113,14 @@ class StudyRun:
     on_weighed: Callable[[], None] = lambda: None
     """Called when domains have been weighed: there is more to say of them now."""
     make_platform: Callable[[StudyConfig, Assignment, Callable[[str], None]], Platform] = RayPlatform
-    """Called with the study, the workers' assignment, and whom to tell what is waited for."""
+    """Called with the study, the workers' assignment, and what to call, again and again, with what is waited for; it
+    raises when the wait is to end."""
 
     def __post_init__(self) -> None:
         self._stop, self._ending = threading.Event(), threading.Event()
         self._pump_lock = threading.Lock()
         self._n_pumped = 0
+        self._waited_for = ""
         self._n_measured: dict[int, int] = {}
         self._models = KeptModels.of(self.config)
 
@@ -163,8 +165,15 @@ class StudyRun:
     def _on_the_fleet(self) -> Iterator[None]:
         """The broker and the groups, all stopped at the end."""
         self.watcher.phase("starting Ray and the fleet")
-        with self.make_platform(self.config, self.assignment, self.watcher.phase) as self._platform:
+        with self.make_platform(self.config, self.assignment, self._wait_for) as self._platform:
             yield
+
+    def _wait_for(self, what: str) -> None:
+        """Say what is waited for; called again and again as long as that lasts, so that a stop ends it."""
+        self._pause_if_stopped()
+        if what != self._waited_for:
+            self._waited_for = what
+            self.watcher.phase(what)
 
     # The three parts --------------------------------------------------------------------------------------------
 
@@ -413,6 +422,9 @@ class StudyRun:
         """Raise if the run cannot or must not go on."""
         if (trouble := self._platform.ask("trouble")) is not None:
             raise ResourceError(trouble)
+        self._pause_if_stopped()
+
+    def _pause_if_stopped(self) -> None:
         if self._stop.is_set():
             raise Paused(f"study {self.config.name} is paused")
 
