@@ -198,8 +198,8 @@ def _prior_contradictions(prior: Mapping[str, float], names: Sequence[str]) -> I
             close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
             hint = f"did you mean `{close[0]}`?" if close else f"domains here: {', '.join(names)}"
             yield f"search.prior.{name}", f"there is no such domain; {hint}"
-    if any(not (math.isfinite(share) and share >= 0) for share in prior.values()):
-        yield "search.prior", f"shares must be finite and >= 0, got {list(prior.values())}"
+    if any(share < 0 for share in prior.values()):
+        yield "search.prior", f"shares must be >= 0, got {list(prior.values())}"
     elif abs(math.fsum(prior.values()) - 1) > 0.01:
         yield "search.prior", f"shares must sum to 1 (domains left out have 0), got {math.fsum(prior.values()):g}"
 
@@ -222,9 +222,6 @@ def _also_contradictions(config: StudyConfig, path: str, values: AlsoConfig) -> 
     ends = values.choices or values.range or values.log or ()
     if values.choices is None and not isinstance(training[field], int | float):
         yield key, "has no range: give choices"
-        return
-    if not all(math.isfinite(value) for value in values.range or values.log or ()):
-        yield key, "the ends of a range must be finite"
         return
     is_sound = True
     for value in ends:
@@ -264,8 +261,8 @@ def _objective_contradictions(config: StudyConfig) -> Iterator[tuple[str, str]]:
                 yield f"search.objective.{where}", f"there is no metric {name!r}; {known}"
     if objective.pareto and len(set(objective.pareto)) < len(objective.pareto):
         yield "search.objective.pareto", "each metric stands at most once"
-    if objective.weights and not all(math.isfinite(w) and w > 0 for w in objective.weights.values()):
-        yield "search.objective.weights", "must be finite and > 0: each metric has a direction of its own"
+    if objective.weights and not all(weight > 0 for weight in objective.weights.values()):
+        yield "search.objective.weights", "must be > 0: each metric has a direction of its own"
     directions = {feedback.metric_key: feedback.direction for feedback in (config.feedback, *config.also)}
     for index, text in enumerate(objective.require):
         path = f"search.objective.require[{index}]"
