@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel
 
 from duet_ray.errors import ConfigError, Problem
-from duet_ray.secret_text import looks_secret, names_secret
+from duet_ray.secret_text import names_secret, redact
 
 LATER: Mapping[str, str] = {
     "search.asynchronous": "asynchronous search is not built yet: use `concurrent_trials`",
@@ -253,10 +253,10 @@ def later_keys(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def secrets(data: Any) -> Iterator[tuple[str, str]]:
-    """Values that look like secrets, or whose key says that they are: (path, what to do instead)."""
+    """Values that look like secrets, are some of this environment's, or have a key that says so: (path, what to do)."""
     for path, value in leaves(data):
         key = re.split(r"[.\[]", path)[-1]
-        if isinstance(value, str) and value and (looks_secret(value) or names_secret(key)):
+        if isinstance(value, str) and value and (redact(value) != value or names_secret(key)):
             yield path, "looks like a secret; take it out and set it in the environment (HF_TOKEN and the like)"
 
 

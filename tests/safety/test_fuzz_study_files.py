@@ -334,3 +334,16 @@ def test_what_is_no_file(tmp_path: Path, kind: str) -> None:
         path = tmp_path / ("n" * 300)
     with pytest.raises(ConfigError):
         load_config(path)
+
+
+def test_a_value_of_the_environment_is_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = copy.deepcopy(GOOD)
+    data["also"][0]["arguments"] = {"server": "https://ann:plain-words@host", "note": "it is plain-words"}
+    with pytest.raises(ConfigError) as error:
+        config_from(data, folder=Path())
+    assert [problem.path for problem in error.value.problems] == ["also[0].arguments.server"]
+    monkeypatch.setenv("HF_TOKEN", "plain-words")
+    with pytest.raises(ConfigError) as error:
+        config_from(data, folder=Path())
+    assert [p.path for p in error.value.problems] == ["also[0].arguments.note", "also[0].arguments.server"]
+    assert "plain-words" not in str(error.value)
