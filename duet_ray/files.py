@@ -8,10 +8,13 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+SEEN_SECONDS = 60.0
+"""How long a node may take to see what another one wrote: network file systems remember what was not there."""
 
 STALE_SECONDS = 86_400.0
 """Unfinished folders older than this are of writers that were killed."""
@@ -57,6 +60,16 @@ def new_folder(folder: Path) -> Iterator[Path]:
         _flush_one(folder.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def seen(is_there: Callable[[], bool]) -> bool:
+    """Whether something that another node has written is there, or comes into sight within `SEEN_SECONDS`."""
+    deadline = time.monotonic() + SEEN_SECONDS
+    while not is_there():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.5)
+    return True
 
 
 def remove_stale(parent: Path, name: str) -> None:

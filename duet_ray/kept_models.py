@@ -14,14 +14,14 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from duet_ray.config import StudyConfig
 from duet_ray.errors import ConfigError, DuetError, Problem, StoreError
-from duet_ray.files import new_folder
+from duet_ray.files import new_folder, write_file
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,12 @@ NAMES = ("adapter", "model")
 
 TRIES, FIRST_WAIT_SECONDS = 5, 1.0
 """A place across a network that does not answer is asked again, each time after twice as long a wait."""
+
+AWAY_SECONDS = 300.0
+"""How long nothing is deleted at a place that did not answer."""
+
+MARK_FILE = ".artifacts"
+"""In a study's folder: some letters that belong to it alone."""
 
 T = TypeVar("T")
 
@@ -48,11 +54,25 @@ class KeptModels:
     study_folder: Path
     url: str | None
     """Where the study's models are kept; None: in its folder."""
+    _away_until: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
+    """Place that did not answer → when deleting there is tried again, on `time.monotonic`."""
 
     @classmethod
     def of(cls, config: StudyConfig) -> "KeptModels":
-        url = f"{config.artifacts}/{config.name}" if config.artifacts is not None else None
+        """The models of a study. At a URL they are in a folder that no other study of the same name uses."""
+        url = None
+        if config.artifacts is not None:
+            mark = config.study_folder / MARK_FILE
+            name = f"{config.name}-{mark.read_text(encoding='ascii').strip()}" if mark.is_file() else config.name
+            url = f"{config.artifacts}/{name}"
         return cls(study_folder=config.study_folder, url=url)
+
+    @staticmethod
+    def set_mark(config: StudyConfig) -> None:
+        """Give a study the mark that tells its folder at the URL from those of others; once, by its driver."""
+        mark = config.study_folder / MARK_FILE
+        if config.artifacts is not None and not mark.is_file():
+            write_file(mark, uuid.uuid4().hex[:8].encode())
 
     def keep(self, folder: Path, name: str, write: Callable[[Path], None]) -> str:
         """Keep the model of a sample, all of it or nothing.
@@ -63,21 +83,21 @@ class KeptModels:
             write: writes the model into an empty local folder.
 
         Returns:
-            Its place.
-
-        Raises:
-            ModelsUnreachable: the place it is to go to does not answer.
+            Its place. Where the URL does not answer that is the sample's folder: a training of hours is not thrown away
+            because a network is away for a minute.
         """
-        if self.url is None:
-            with new_folder(_cleared(folder / name)) as temporary:
-                write(temporary)
-            return str((folder / name).relative_to(self.study_folder))
-        with TemporaryDirectory(prefix="duet-model-") as scratch:
-            local = Path(scratch)
-            write(local)
+        with new_folder(_cleared(folder / name)) as temporary:
+            write(temporary)
+        if self.url is not None:
             place = f"{self._of_sample(folder)}/{name}-{uuid.uuid4().hex[:8]}"
-            _insist(place, lambda fs, root: _upload(fs, local, root))
-        return place
+            try:
+                _insist(place, lambda fs, root: _upload(fs, folder / name, root))
+            except ModelsUnreachable as error:
+                log.warning("the model stays in the study's folder: %s", error)
+            else:
+                shutil.rmtree(folder / name, ignore_errors=True)
+                return place
+        return str((folder / name).relative_to(self.study_folder))
 
     @contextmanager
     def opened(self, place: str) -> Iterator[Path]:
@@ -116,12 +136,7 @@ class KeptModels:
         if not is_url(place):
             shutil.rmtree(self._local(place), ignore_errors=True)
             return True
-        try:
-            _insist(place, _remove, tries=1)
-        except ModelsUnreachable as error:
-            log.warning("not deleted now: %s", error)
-            return False
-        return True
+        return self._tidy(place, _remove)
 
     def remove_all_but(self, folder: Path, place: str | None) -> None:
         """Delete what lies in a sample's folder, or of it at the URL, beside the model that stands for it.
@@ -132,8 +147,20 @@ class KeptModels:
             if str((folder / name).relative_to(self.study_folder)) != place:
                 shutil.rmtree(folder / name, ignore_errors=True)
         if self.url is not None:
-            with suppress(ModelsUnreachable):
-                _insist(self._of_sample(folder), lambda fs, root: _remove_others(fs, root, place), tries=1)
+            self._tidy(self._of_sample(folder), lambda fs, root: _remove_others(fs, root, place))
+
+    def _tidy(self, place: str, do: Callable[[Any, str], None]) -> bool:
+        """Delete something, unless its place does not answer: then nothing there is tried again for a while."""
+        host = "/".join(place.split("/")[:3])
+        if time.monotonic() < self._away_until.get(host, 0.0):
+            return False
+        try:
+            _insist(place, do, tries=1)
+        except ModelsUnreachable as error:
+            log.warning("not deleted now: %s", error)
+            self._away_until[host] = time.monotonic() + AWAY_SECONDS
+            return False
+        return True
 
     def check(self) -> None:
         """See that models can be written, read and deleted where they are to be kept.

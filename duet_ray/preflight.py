@@ -74,19 +74,25 @@ class Preflight:
 
 
 def preflight(
-    config: StudyConfig, *, known: Mapping[str, Any] = MappingProxyType({}), on_stage: OnStage = lambda _: None
+    config: StudyConfig,
+    *,
+    known: Mapping[str, Any] = MappingProxyType({}),
+    on_stage: OnStage = lambda _: None,
+    keeps_models: bool = True,
 ) -> Preflight:
     """Check a study and make its data ready.
 
     Args:
         known: what `auto` stood for when the study was started: it stands for that as long as the study lives.
         on_stage: told what is being done.
+        keeps_models: models are to be written, so the place for them is tried.
 
     Raises:
         DuetError: the first kind of trouble, with all of that kind: the model, the task, the data, the ratio's bounds.
     """
     check_installed(config.training)
-    KeptModels.of(config).check()
+    if keeps_models:
+        KeptModels.of(config).check()
     on_stage("reading the model's configuration")
     tokenizer = load_tokenizer(config)
     config, resolved_notes = resolved(config, known)

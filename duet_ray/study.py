@@ -192,7 +192,7 @@ class Study:
         spec, models = sample.spec, KeptModels.of(self.config)
         if sample.adapter is None or not models.has(sample.adapter):
             raise DuetError(f"the model of {spec.key} is not at {self.place_of(sample)}; it was moved or deleted")
-        ready = preflight(self.config)
+        ready = preflight(self.config, keeps_models=False)
         store = open_store(self.folder, self.config.store)
         record = store.study()
         store.close()
@@ -251,6 +251,7 @@ class Study:
         try:
             with store.writing(watcher.phase):
                 record = self._check_config(store)
+                self._see_folder(store)
                 ready = preflight(self.config, known=record.resolved if record else {}, on_stage=watcher.phase)
                 self._start(store, ready)
                 run = StudyRun(
@@ -268,7 +269,7 @@ class Study:
                     with _signals_stop(run):
                         yield ready, run
                     status = ends_as
-                except Paused:
+                except (Paused, KeyboardInterrupt):
                     status = "paused"
                     raise
                 finally:
@@ -291,6 +292,18 @@ class Study:
                 f"undo the change, or give the study another name"
             )
         return record
+
+    def _see_folder(self, store: Store) -> None:
+        """See that what a study has left is here; its store may be elsewhere.
+
+        Raises:
+            StoreError: there is none of it.
+        """
+        if not (self.folder / "study.yaml").is_file() and store.trials():
+            raise StoreError(
+                f"study {self.config.name} has begun ({store.place}), and its folder is not at {self.folder}: is the "
+                f"share mounted here? `storage` says where it is"
+            )
 
     def _check_inputs(self, record: StudyRecord, ready: Preflight) -> None:
         """Raise `StudyChanged` if the model, the data or the task are not those that the study was started with."""
@@ -321,7 +334,8 @@ class Study:
             f"# {self.config.name} with every default filled in; relative paths are taken from {self.config.folder}\n"
         )
         text = head + ready.config.to_yaml()
-        write_file(self.folder / "study.yaml", text.encode())
+        KeptModels.set_mark(self.config)
+        write_file(self.folder / "study.yaml", text.encode())  # last: workers take it for a sign that all is there
 
     def _assignment(self, ready: Preflight) -> Assignment:
         return Assignment(

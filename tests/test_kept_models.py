@@ -12,8 +12,10 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from duet_ray import kept_models
+from duet_ray.config import config_from
 from duet_ray.errors import ConfigError, StoreError
 from duet_ray.kept_models import COMPLETE, KeptModels, ModelsUnreachable
+from tests.toy_study import toy_data
 
 
 def write(folder: Path, text: str = "weights") -> None:
@@ -162,8 +164,49 @@ def test_a_place_that_comes_back_and_one_that_does_not(at_url: KeptModels, monke
     place = at_url.keep(folder, "adapter", write)
     assert at_url.has(place)
     monkeypatch.setattr(local, "put_file", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("for good")))
+    stays = at_url.keep(folder, "adapter", write)
+    assert stays == "artifacts/t0001/s0/adapter", "a training is not thrown away for that"
+    with at_url.opened(stays) as there:
+        assert text_of(there) == "weights"
+    monkeypatch.setattr(local, "exists", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("for good")))
     with pytest.raises(ModelsUnreachable, match=re.escape("ConnectionError: for good")):
-        at_url.keep(folder, "adapter", write)
+        at_url.has(place)
+
+
+def test_deleting_waits_for_a_place_that_is_away(at_url: KeptModels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One question, and then none for a while: the driver has other things to do."""
+    sample = at_url.study_folder / "artifacts" / "t0001" / "s0"
+    places = [at_url.keep(sample, "adapter", write) for _ in range(3)]
+    local, asked = type(fsspec.filesystem("file")), []
+
+    def away(*_: object, **__: object) -> None:
+        asked.append(1)
+        raise ConnectionError("away")
+
+    remove = local.rm
+    monkeypatch.setattr(local, "rm", away)
+    assert [at_url.remove(place) for place in places] == [False] * 3
+    at_url.remove_all_but(sample, places[0])
+    assert len(asked) == 1
+    monkeypatch.setattr(local, "rm", remove)
+    monkeypatch.setattr(kept_models.time, "monotonic", lambda: 1e12)
+    assert at_url.remove(places[0])
+
+
+def test_two_studies_of_one_name_keep_apart(tmp_path: Path) -> None:
+    models = []
+    for who in ("hers", "his"):
+        config = config_from(toy_data(artifacts=f"file://{tmp_path}/bucket"), folder=tmp_path / who)
+        config.study_folder.mkdir(parents=True)
+        KeptModels.set_mark(config)
+        before = KeptModels.of(config).url
+        KeptModels.set_mark(config)
+        assert KeptModels.of(config).url == before, "once"
+        models.append(KeptModels.of(config))
+    assert models[0].url != models[1].url
+    places = [one.keep(one.study_folder / "artifacts" / "t0001" / "s0", "adapter", write) for one in models]
+    models[1].remove_all_but(models[1].study_folder / "artifacts" / "t0001" / "s0", None)
+    assert (models[0].has(places[0]), models[1].has(places[1])) == (True, False)
 
 
 def test_a_place_that_cannot_be_used_is_found_at_once(tmp_path: Path) -> None:

@@ -453,7 +453,7 @@ class StudyConfig(Section):
         description="postgresql+psycopg://user@host/database, or sqlite:////file; null = SQLite in the study's folder",
     )
     artifacts: str | None = Field(
-        None, description="fsspec URL (s3://bucket/folder) for models and results; null = the study's folder"
+        None, description="fsspec URL (s3://bucket/folder) for trained models; null = the study's folder"
     )
     keep_best: int = Field(3, ge=1, description="models kept on disk")
 

@@ -106,14 +106,14 @@ def adopt_finished(config: StudyConfig, store: Store) -> None:
                 store.add_sample(result)
 
 
-def prune_adapters(config: StudyConfig, store: Store) -> None:
+def prune_adapters(config: StudyConfig, store: Store, models: KeptModels | None = None) -> None:
     """Delete all models but those that may be handed over; results stay.
 
     Kept are the best `keep_best` samples, and the best sample of every point that is, was or will be confirmed, where
     it was trained on all rows. Which those are is known for good only when the search is over: of a finalist whose
     model is gone by then, the best confirmation is kept in its place.
     """
-    models = KeptModels.of(config)
+    models = models or KeptModels.of(config)
     on_disk = store.kept_artifacts()  # Before the trials: a sample stored in between is not judged yet.
     for key, place in list(on_disk.items()):
         # A kill came between deleting it and saying so. At a URL it is deleted again: that costs no question each time.

@@ -24,6 +24,9 @@ from duet_ray.records import SampleSpec
 SILENCE_SECONDS = 60.0
 """A group that has not been heard of for this long is lost: its node may be gone without a word."""
 
+ANSWER_SECONDS = 120.0
+"""The broker answers within milliseconds: one that has not for so long hangs, and is as good as gone."""
+
 START_SECONDS = 900.0
 """With no group heard of for this long, something is wrong with the cluster, not with a group."""
 
@@ -154,9 +157,10 @@ class Broker:
             fault. Failures of the sample itself arrive as results and are never retried.
         max_seconds: that a task may take, and so many tasks leased together that many times as long; None: see
             `LONG_SECONDS`.
+        n_groups: that the study starts with.
     """
 
-    def __init__(self, max_retries: int, max_seconds: float | None = None) -> None:
+    def __init__(self, max_retries: int, max_seconds: float | None = None, n_groups: int = 1) -> None:
         self._max_retries = max_retries
         self._max_seconds = max_seconds
         self._longest: dict[TaskKind, float] = {}
@@ -169,11 +173,15 @@ class Broker:
         self._held: dict[int, dict[str, _Lease]] = {}
         """Group → its leases in their order: looking through all of them for each of 1,000 groups takes too long."""
         self._retries: dict[str, int] = {}
+        self._failed_in: dict[str, set[int]] = {}
+        """Task → groups in which something broke that is not its own fault: another one is to try it."""
         self._outcomes: dict[str, Outcome] = {}
         self._finished: list[Outcome] = []
         self._known: set[str] = set()
         self._groups: dict[int, _Group] = {}
         self._any_ready = False
+        self._n_groups = n_groups
+        self._cannot_start: set[int] = set()
         self._last_alive = time.monotonic()
         self._n_leases = 0
         self._closed = False
@@ -208,13 +216,19 @@ class Broker:
     def ready(self, group: int) -> None:
         """A group has its model in memory."""
         self._any_ready = True
+        self._cannot_start.discard(group)
+
+    def wants(self, group: int) -> bool:
+        """Whether a group that has left is to come back."""
+        return not self._closed and not (group in self._groups and self._groups[group].is_given_up)
 
     def cannot_start(self, group: int, reason: str) -> None:
-        """A group could not load its model: the study's fault if no group ever could, else this group's alone.
+        """A group could not load its model: the study's fault if none of those it starts with can, else its own.
 
         One such group is started anew, maybe on another node, until it has died too often.
         """
-        if not self._any_ready:
+        self._cannot_start.add(group)
+        if not self._any_ready and len(self._cannot_start) >= self._n_groups:
             self.close(reason)
 
     def beat(self, group: int, incarnation: str, rank: int = 0) -> Literal["go on", "stop", "lost"]:
@@ -244,7 +258,8 @@ class Broker:
             self.close(
                 f"no group of the fleet is alive for {long}: the nodes they ran on are gone, and no others came"
                 if self._groups
-                else f"no group of the fleet has started within {long}; is the cluster busy?"
+                else f"no group of the fleet has started within {long}; is the cluster busy? What its workers said "
+                "stands in Ray's logs on their nodes"
             )
 
     def group_lost(self, group: int, reason: str = DIED) -> None:
@@ -265,9 +280,10 @@ class Broker:
         """What a group is to do next, each task with the number of its lease: one, or all of a bundle that wait."""
         if (verdict := self._verdict(group, incarnation)) != "go on":
             return verdict, ()
-        if not self._queue:
+        if (index := self._first_for(group)) is None:
             return "wait", ()
-        first = self._queue.popleft()
+        first = self._queue[index]
+        del self._queue[index]
         same = [first]
         if first.bundle:
             together = (first.bundle, first.until)
@@ -281,6 +297,14 @@ class Broker:
             self._leases[task.key] = self._held.setdefault(group, {})[task.key] = lease
             leased.append((task, self._n_leases))
         return "task", tuple(leased)
+
+    def _first_for(self, group: int) -> int | None:
+        """The place in the queue of a group's next task: one that has not broken there, as long as others live."""
+        for index, task in enumerate(self._queue):
+            if group not in self._failed_in.get(task.key, ()):
+                return index
+        others = (g for number, g in self._groups.items() if number != group and not g.is_given_up)
+        return 0 if self._queue and all(other.incarnation is None for other in others) else None
 
     def command(self, group: int, incarnation: str, what: Any) -> None:
         """The first process of a group says what the others are to do along with it."""
@@ -324,8 +348,12 @@ class Broker:
             self._end(Outcome(task=task, status="done", result=dict(result)))
 
     def retry(self, key: str, number: int, reason: str) -> None:
-        """Something broke that is not the sample's fault: lease it again, or fail it when its retries are used up."""
+        """Something broke that is not the sample's fault: lease it again, or fail it when its retries are used up.
+
+        It goes to another group if there is one: a device or a share that is broken for a process stays so.
+        """
         if self._holds(key, number):
+            self._failed_in.setdefault(key, set()).add(self._leases[key].group)
             self._again(self._leases[key], reason)
 
     def retry_or_close(self, key: str, number: int, reason: str) -> None:
@@ -400,7 +428,7 @@ class Broker:
         """Go on without a group, as long as there is another: one bad node is no reason to stop a study."""
         self._groups[number].is_given_up = True
         others = [group for group in self._groups.values() if not group.is_given_up]
-        if self._any_ready and others:
+        if others:
             self._given_up.append(reason)
         else:
             self.close(reason)
@@ -444,7 +472,7 @@ class Broker:
         self._finished.append(outcome)
 
 
-def start_broker(name: str, namespace: str, max_retries: int, max_seconds: float | None) -> Any:
+def start_broker(name: str, namespace: str, max_retries: int, max_seconds: float | None, n_groups: int) -> Any:
     """Start the broker's actor, and return its handle. Groups and trials find it by name.
 
     It is on the driver's node: what it knows is lost with the driver anyway, and with no other node.
@@ -455,4 +483,6 @@ def start_broker(name: str, namespace: str, max_retries: int, max_seconds: float
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # One thread: every call is short and sees a consistent state.
     actor = ray.remote(num_cpus=0)(Broker)
-    return actor.options(name=name, namespace=namespace, scheduling_strategy=here).remote(max_retries, max_seconds)
+    return actor.options(name=name, namespace=namespace, scheduling_strategy=here).remote(
+        max_retries, max_seconds, n_groups
+    )

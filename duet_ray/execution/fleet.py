@@ -14,7 +14,7 @@ from dataclasses import asdict
 from typing import Any
 
 from duet_ray.config import StudyConfig
-from duet_ray.execution.broker import Place
+from duet_ray.execution.broker import ANSWER_SECONDS, Place
 from duet_ray.execution.group import group_loop
 from duet_ray.execution.worker import Assignment
 from duet_ray.processes import started
@@ -82,16 +82,30 @@ class Fleet:
         return len(self._ended) == len(self._threads)
 
     def _run_group(self, group: int) -> None:
+        reason = "it ended without a word"
         try:
-            reason = "it ended without a word"
-            self._trainer(group).fit()
-            reason = "it left"
+            while True:
+                self._trainer(group).fit()
+                reason = "it left"
+                if self._closing or not self._wants(group):
+                    break
+                log.warning("group %d left, and starts anew: it had lost the broker for a while", group)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             if not self._closing:
                 log.error("group %d ended: %s", group, reason)
         finally:
             self._ended[group] = reason
+
+    def _wants(self, group: int) -> bool:
+        """Whether a group that has left is to come back."""
+        import ray
+
+        try:
+            broker = ray.get_actor(self._broker_name, namespace=self._namespace)
+            return bool(ray.get(broker.wants.remote(group), timeout=ANSWER_SECONDS))
+        except (ValueError, ray.exceptions.RayError):  # there is none any more
+            return False
 
     def _trainer(self, group: int) -> Any:
         from ray.train import FailureConfig, RunConfig, ScalingConfig

@@ -8,11 +8,13 @@ the others train along with it. What they do is said in `serving`; here is what 
 import logging
 import os
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from duet_ray.execution.broker import Place
-from duet_ray.execution.serving import BrokerGone, Seat, serve
+from duet_ray.errors import ResourceError
+from duet_ray.execution.broker import ANSWER_SECONDS, Place
+from duet_ray.execution.serving import BrokerGone, Seat, see_study, serve
 from duet_ray.execution.worker import Assignment
 from duet_ray.processes import ProcessIdentity
 from duet_ray.secret_text import RedactingFormatter
@@ -36,7 +38,7 @@ def group_loop(settings: dict[str, Any]) -> None:
 
     def ask(method: str, *arguments: Any) -> Any:
         try:
-            return ray.get(getattr(broker, method).remote(*arguments))
+            return ray.get(getattr(broker, method).remote(*arguments), timeout=ANSWER_SECONDS)
         except ray.exceptions.RayError as error:
             raise BrokerGone(str(error)) from error
 
@@ -48,10 +50,13 @@ def group_loop(settings: dict[str, Any]) -> None:
         rank=ranks.rank(),
         n_ranks=ranks.n_ranks(),
     )
+    assignment = Assignment(**settings["assignment"])
+    with suppress(ResourceError):  # `serve` says so, to the broker
+        see_study(assignment.study_config().study_folder)
     _log_to(Path(settings["log_file"]), seat)
     own = ProcessIdentity.own()
     place = Place(node=ray.get_runtime_context().get_node_id(), pid=own.pid, started=own.started)
-    serve(seat, Assignment(**settings["assignment"]), place)
+    serve(seat, assignment, place)
 
 
 def _take_device(uses_gpu: bool) -> None:
@@ -66,9 +71,11 @@ def _take_device(uses_gpu: bool) -> None:
 
 
 def _log_to(file: Path, seat: Seat) -> None:
-    """All processes of a group write to one file, each line says whose it is."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(file)
+    """All processes of a group write to one file, each line says whose it is; to Ray's, if its folder is not there."""
+    handler: logging.Handler = logging.StreamHandler()
+    with suppress(OSError):
+        file.parent.mkdir(exist_ok=True)
+        handler = logging.FileHandler(file)
     who = f" [{seat.rank}]" if seat.n_ranks > 1 else ""
     handler.setFormatter(RedactingFormatter(f"%(asctime)s{who} %(levelname)s %(message)s"))
     root = logging.getLogger("duet_ray")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from duet_ray.config import StudyConfig
 from duet_ray.errors import ResourceError
-from duet_ray.execution.broker import Place, start_broker
+from duet_ray.execution.broker import ANSWER_SECONDS, Place, start_broker
 from duet_ray.execution.fleet import Fleet, end_process
 from duet_ray.execution.ray_session import ray_session
 from duet_ray.execution.trial import TrialPlan, run_in_tune
@@ -85,6 +85,7 @@ class RayPlatform:
                 NAMESPACE,
                 self._config.sampling.max_retries,
                 minutes * 60 if minutes is not None else None,
+                self._config.fleet.groups_at_start,
             )
             self._fleet = stack.enter_context(
                 Fleet(self._config, self._assignment, broker_name=self._broker_name, namespace=NAMESPACE)
@@ -100,7 +101,7 @@ class RayPlatform:
         import ray
 
         try:
-            return ray.get(getattr(self._broker, method).remote(*arguments))
+            return ray.get(getattr(self._broker, method).remote(*arguments), timeout=ANSWER_SECONDS)
         except ray.exceptions.RayError as error:
             raise PlatformLost(_ray_failed(error)) from error
 

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from duet_ray.errors import DuetError, FeedbackError, ResourceError, SelectionError
-from duet_ray.execution.broker import Place, Task
+from duet_ray.execution.broker import SILENCE_SECONDS, Place, Task
 from duet_ray.execution.worker import Assignment, Progress, Worker, is_disk_full
+from duet_ray.files import seen
 from duet_ray.kept_models import ModelsUnreachable
 from duet_ray.training import Stopped
 
@@ -28,10 +29,6 @@ BEAT_SECONDS = 1.0
 
 SHORTEST_WAIT, LONGEST_WAIT = 0.02, 0.25
 """Seconds between questions to the broker when there is nothing to do: short at first, longer when idle."""
-
-SEEN_SECONDS = 20.0
-"""How long a node may take to see what another one wrote: network file systems remember for a while what was not there.
-"""
 
 
 class GroupLost(RuntimeError):
@@ -98,32 +95,43 @@ def serve(seat: Seat, assignment: Assignment, place: Place | None = None, make_w
 
 def _is_stopped(seat: Seat) -> bool:
     """Whether the study is over: then it is no matter that a process of the group was left alone."""
-    try:
-        return bool(seat.say("beat", seat.rank) == "stop")
-    except BrokerGone:
-        return True
+    return _beat(seat) == "stop"
 
 
-def _see_study(folder: Path) -> None:
+def _beat(seat: Seat) -> str:
+    """Say that this process lives, and hear what is to be; again and again where no answer comes.
+
+    One call that is lost on its way is no end of a study. Without an answer for as long as the broker would wait for a
+    sign of this process, the driver is taken for gone.
+    """
+    deadline = time.monotonic() + SILENCE_SECONDS
+    while True:
+        try:
+            return str(seat.say("beat", seat.rank))
+        except BrokerGone as error:
+            if time.monotonic() > deadline:
+                log.warning("group %d: no answer from the broker, it is taken for gone: %s", seat.group, error)
+                return "stop"
+            time.sleep(BEAT_SECONDS)
+
+
+def see_study(folder: Path) -> None:
     """See that this node has the study's folder.
 
     Raises:
         ResourceError: it has not.
     """
-    deadline = time.monotonic() + SEEN_SECONDS
-    while not (folder / "study.yaml").is_file():
-        if time.monotonic() > deadline:
-            raise ResourceError(
-                f"node {socket.gethostname()} does not see the study's folder {folder}: "
-                "`storage` must be a folder that every node of the cluster sees"
-            )
-        time.sleep(0.5)
+    if not seen((folder / "study.yaml").is_file):
+        raise ResourceError(
+            f"node {socket.gethostname()} does not see the study's folder {folder}: "
+            "`storage` must be a folder that every node of the cluster sees"
+        )
 
 
 def _work(seat: Seat, life: "_Life", assignment: Assignment, make_worker: MakeWorker) -> None:
     """Load the model, and do tasks until there are no more."""
     try:
-        _see_study(assignment.study_config().study_folder)
+        see_study(assignment.study_config().study_folder)
         worker = make_worker(assignment, on_follow=seat.follow)
         life.is_waited_for = lambda: seat.rank > 0 or (seat.n_ranks > 1 and worker.others_wait)
         worker.preload()
@@ -194,6 +202,7 @@ def _do(worker: Worker, seat: Seat, task: Task, lease: int) -> None:
             text = str(error) if isinstance(error, DuetError) else f"{type(error).__name__}: {error}"
             where = "" if isinstance(error, DuetError) else f" ({Path(place.filename).name} line {place.lineno})"
             seat.ask("retry", task.key, lease, text + where)
+            raise  # What broke may be this process: a device, a file system. The group starts anew.
         if seat.n_ranks > 1 and worker.others_wait:
             raise  # They wait for this process in the middle of a step: all start anew.
     else:
@@ -245,10 +254,7 @@ def _heartbeat(seat: Seat) -> Iterator[_Life]:
 
     def beat() -> None:
         while not finished.wait(BEAT_SECONDS):
-            try:
-                verdict = seat.say("beat", seat.rank)
-            except BrokerGone:
-                verdict = "stop"
+            verdict = _beat(seat)
             if verdict != "go on":
                 life.interrupt(is_lost=verdict == "lost")
                 return

@@ -45,6 +45,7 @@ from duet_ray.store import Store
 log = logging.getLogger(__name__)
 
 PUMP_SECONDS = 0.2
+RENEW_SECONDS = 10.0
 
 
 class Watcher(Protocol):
@@ -121,6 +122,7 @@ class StudyRun:
         self._pump_lock = threading.Lock()
         self._n_pumped = 0
         self._waited_for = ""
+        self._next_renewal = 0.0
         self._n_measured: dict[int, int] = {}
         self._models = KeptModels.of(self.config)
 
@@ -137,7 +139,7 @@ class StudyRun:
             SelectionError: a domain cannot be scored; the other domains' weights are kept.
             ResourceError: fewer devices than asked for, a full disk, or no group is left.
         """
-        for scratch in (self.config.study_folder / ".ray", *self.config.study_folder.glob("artifacts/*/*.tmp-*")):
+        for scratch in (self.config.study_folder / ".ray", *self.config.study_folder.glob("artifacts/**/*.tmp-*")):
             shutil.rmtree(scratch, ignore_errors=True)  # of drivers and workers that were killed
         adopt_finished(self.config, self.store)
         if self._n_to_search() == 0:
@@ -355,7 +357,7 @@ class StudyRun:
         return errors
 
     def _pump(self) -> None:
-        """Store what has finished, end what hangs, and say how far it is."""
+        """Store what has finished, end what hangs, see that the study is still ours, and say how far it is."""
         with self._pump_lock:
             pulse = self._platform.ask("pulse", self._n_pumped, list(self._platform.ended_groups()))
             for outcome in pulse.finished:
@@ -363,6 +365,9 @@ class StudyRun:
                 self._n_pumped += 1
         for place in pulse.hung:
             self._platform.end(place)
+        if time.monotonic() >= self._next_renewal:
+            self._next_renewal = time.monotonic() + RENEW_SECONDS
+            self.store.renew()  # A thread of its own keeps the lease; here it is seen that it is still ours.
         for reason in pulse.given_up:
             log.warning("the study goes on without a group: %s", reason)
         self.watcher.tick(pulse.in_flight)
@@ -431,7 +436,7 @@ class StudyRun:
     # The study's state ------------------------------------------------------------------------------------------
 
     def _trial_changed(self) -> None:
-        prune_adapters(self.config, self.store)
+        prune_adapters(self.config, self.store, self._models)
         self.watcher.changed()
 
     def _trial(self, number: int) -> Trial | None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from duet_ray.config import RacingConfig, n_kept
 from duet_ray.execution.artifacts import Comparison, leave_comparisons, read_comparisons, sample_folder
-from duet_ray.execution.broker import Outcome, Task
+from duet_ray.execution.broker import ANSWER_SECONDS, Outcome, Task
 from duet_ray.records import Direction, SampleResult, SampleSpec, Trial
 
 POLL_SECONDS = 0.1
@@ -126,7 +126,11 @@ def run_in_tune(config: Mapping[str, Any], *, broker_name: str, namespace: str, 
     from ray import tune
 
     broker = ray.get_actor(broker_name, namespace=namespace)
-    run_trial(config, lambda method, *arguments: ray.get(getattr(broker, method).remote(*arguments)), plan)
+
+    def ask(method: str, *arguments: Any) -> Any:
+        return ray.get(getattr(broker, method).remote(*arguments), timeout=ANSWER_SECONDS)
+
+    run_trial(config, ask, plan)
     tune.report({"ended": 1})
 
 

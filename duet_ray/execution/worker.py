@@ -34,7 +34,7 @@ from duet_ray.execution.artifacts import (
 )
 from duet_ray.execution.broker import Task
 from duet_ray.feedback import FeedbackSource, make_feedback
-from duet_ray.files import write_json
+from duet_ray.files import seen, write_json
 from duet_ray.kept_models import KeptModels
 from duet_ray.mixture import DrawBy, RowOrder, at_fidelity, draw_mixture, rows_digest
 from duet_ray.records import Feedback, Mixture, SampleResult, SampleSpec, TokenRow
@@ -171,6 +171,8 @@ class Worker:
 
     @cached_property
     def _weights(self) -> list[DrawBy]:
+        keys = self._assignment.weights_keys
+        seen(lambda: all(load_weights(Path(self._assignment.weights_folder), key) is not None for key in keys))
         return load_draws(self._assignment, self._config)
 
     @cached_property
@@ -439,6 +441,8 @@ class Worker:
                 self._trainer.load(local)
         except StoreError as error:
             log.warning("%s: its model is damaged and is trained again: %s", work.spec.key, error)
+            self._models.remove(report[MODEL])
+            trained_file(folder, until).unlink(missing_ok=True)
             return None
         log.info("%s was trained already: only its feedback is repeated", work.spec.key)
         return report

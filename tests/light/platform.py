@@ -88,12 +88,11 @@ class LightPlatform:
         def tell(method: str, *arguments: Any) -> None:
             self.ask(method, *arguments)
 
-        try:
-            serve(
-                Seat(ask=self.ask, tell=tell, group=group, incarnation=uuid.uuid4().hex),
-                self._assignment,
-                make_worker=self._make_worker,
-            )
-            self._ended[group] = "it left"
-        except Exception as error:
-            self._ended[group] = f"{type(error).__name__}: {error}"
+        reason = "it left"
+        while self.ask("wants", group):  # as Ray Train does
+            try:
+                seat = Seat(ask=self.ask, tell=tell, group=group, incarnation=uuid.uuid4().hex)
+                serve(seat, self._assignment, make_worker=self._make_worker)
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+        self._ended[group] = reason
