@@ -117,6 +117,7 @@ class Fleet:
             resources["GPU"] = fleet.gpus_per_worker
         settings = {
             "group": group,
+            "n_groups": fleet.groups,
             "broker": self._broker_name,
             "namespace": self._namespace,
             "assignment": asdict(self._assignment),

@@ -14,7 +14,7 @@ from typing import Any
 
 from duet_ray.errors import ResourceError
 from duet_ray.execution.broker import ANSWER_SECONDS, Place
-from duet_ray.execution.serving import BrokerGone, Seat, see_study, serve
+from duet_ray.execution.serving import BrokerGone, Seat, pace, see_study, serve
 from duet_ray.execution.worker import Assignment
 from duet_ray.processes import ProcessIdentity
 from duet_ray.secret_text import RedactingFormatter
@@ -24,7 +24,7 @@ def group_loop(settings: dict[str, Any]) -> None:
     """The `train_loop_per_worker` of a group.
 
     Args:
-        settings: `group` (number), `broker` and `namespace` (the actor's name), `assignment` (an `Assignment`),
+        settings: `group` (number), `n_groups`, `broker` and `namespace` (the name of its actor), `assignment`,
             `n_threads`, `uses_gpu`, `log_file`.
     """
     import ray
@@ -49,6 +49,7 @@ def group_loop(settings: dict[str, Any]) -> None:
         incarnation=ranks.first_says(uuid.uuid4().hex),
         rank=ranks.rank(),
         n_ranks=ranks.n_ranks(),
+        pace=pace(settings["n_groups"]),
     )
     assignment = Assignment(**settings["assignment"])
     with suppress(ResourceError):  # `serve` says so, to the broker

@@ -31,6 +31,11 @@ SHORTEST_WAIT, LONGEST_WAIT = 0.02, 0.25
 """Seconds between questions to the broker when there is nothing to do: short at first, longer when idle."""
 
 
+def pace(n_groups: int) -> float:
+    """`Seat.pace` of a fleet: one core answers some 2,000 calls a second (`benchmarks/scale.py`)."""
+    return max(1.0, n_groups / 250)
+
+
 class GroupLost(RuntimeError):
     """The group was taken for lost while it still lived: it has to start anew."""
 
@@ -52,6 +57,8 @@ class Seat:
     """Of the group: the same in all its processes, another after a restart."""
     rank: int = 0
     n_ranks: int = 1
+    pace: float = 1.0
+    """How many times less often than in a small fleet this process speaks of itself: one broker hears all of them."""
 
     def say(self, method: str, *arguments: Any) -> Any:
         """Call the broker in the name of this life of the group."""
@@ -253,7 +260,7 @@ def _heartbeat(seat: Seat) -> Iterator[_Life]:
     life, finished = _Life(), threading.Event()
 
     def beat() -> None:
-        while not finished.wait(BEAT_SECONDS):
+        while not finished.wait(BEAT_SECONDS * seat.pace):
             verdict = _beat(seat)
             if verdict != "go on":
                 life.interrupt(is_lost=verdict == "lost")
@@ -267,12 +274,12 @@ def _heartbeat(seat: Seat) -> Iterator[_Life]:
 
 
 def _progress(seat: Seat, key: str, lease: int) -> Progress:
-    """A progress function that speaks at most twice a second and never waits for an answer."""
+    """A progress function that speaks at most twice a second, in a small fleet, and never waits for an answer."""
     last = 0.0
 
     def say(stage: str, done: int = 0, total: int = 0) -> None:
         nonlocal last
-        if (now := time.monotonic()) - last >= 0.5:
+        if (now := time.monotonic()) - last >= 0.5 * seat.pace:
             last = now
             seat.tell("progress", key, lease, stage, done, total)
 
