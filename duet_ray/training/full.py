@@ -110,6 +110,7 @@ class FullTrainer:
         try:
             with private_generators(seed, self._device), _group(self._deepspeed, self._device):
                 weights, report = self._train(rows, seed, training or self._training, on_step, halt)
+            free_memory()  # An engine is a ring of references, and would stay until Python happened to look for such.
             if rank() == 0:
                 self._tuned = self._copy(weights)
         except BaseException:
@@ -257,6 +258,8 @@ class FullTrainer:
                 self._check_trained(weights, n_skipped, len(batches), training.learning_rate)
         finally:
             engine.destroy()
+            if training.zero.stage == 3:
+                _empty(engine)
         seconds = time.perf_counter() - started
         return weights, progress.report(rows, training.epochs, seconds, n_skipped)
 
@@ -347,6 +350,21 @@ class _Passes:
         own = [(part, 1.0) for part in cuts[rank()]]
         shortest = min(rows, key=len)
         return own + [([shortest], 0.0)] * (max(map(len, cuts)) - len(own))
+
+
+def _empty(engine: Any) -> None:
+    """Take out of a stage 3 engine, which is at its end, all that it holds.
+
+    DeepSpeed keeps its model in a list, and after a second pass torch keeps the engine in a ring of references that
+    Python cannot see through: every sample would leave a model with its optimizer states behind.
+    """
+    import_module("deepspeed.runtime.zero.parameter_offload").FWD_MODULE_STACK.clear()
+    module, optimizer = engine.module, engine.optimizer
+    for p in module.parameters():
+        vars(p).clear()
+        p.data, p.grad = torch.empty(0, dtype=p.dtype, device=p.device), None
+    for holder in (optimizer.parameter_offload, optimizer, engine):
+        vars(holder).clear()
 
 
 def _settings(training: TrainingConfig, dtype: torch.dtype) -> dict[str, Any]:
