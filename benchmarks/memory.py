@@ -12,8 +12,7 @@ one length, all of them in the loss, which is the worst case that the estimate i
 A large model is `--model` (a local folder), or one of random weights in the shape of a well-known one (`--shape`); a
 tiny Llama is made for the others. `ratio` is estimated / measured: above 1 is on the safe side.
 
-On a GPU the settings are larger. The last columns are what torch's allocator held of the GPU, and what the GPU lost to
-the process in all, CUDA itself included: exact only where nothing else uses that GPU (`--at-once 1`).
+On a GPU the settings are larger, and `held` is what torch's allocator had of the GPU for the same tensors.
 """
 
 import argparse
@@ -34,7 +33,7 @@ from typing import Any
 import psutil
 
 from duet_ray.config import StudyConfig, config_from
-from duet_ray.training.estimate import GIB, PROCESS_GIB, MemoryEstimate, estimate_memory
+from duet_ray.training.estimate import CUDA_GIB, GIB, PROCESS_GIB, MemoryEstimate, estimate_memory
 
 TINY = "tiny"
 COMMON = {"rank": 16, "alpha": 32}
@@ -72,6 +71,8 @@ GPU_SETTINGS: tuple[dict[str, Any], ...] = (
     _GPU | {"target_modules": ["q_proj", "v_proj"]},
     _GPU | {"dropout": 0.05},
     _GPU | {"dtype": "float32"},
+    _GPU | {"dtype": "float32", "n_tokens": 128},
+    _GPU | {"dtype": "float32", "gradient_checkpointing": True},
     _GPU | {"fuse": 4, "n_tokens": 128},
     _GPU | {"fuse": 8, "n_tokens": 128},
     _GPU | {"fuse": 8, "n_tokens": 64, "rank": 128, "dropout": 0.05},
@@ -215,10 +216,8 @@ def measure(config: StudyConfig, device: str) -> dict[str, float]:
             if failed := [r for r in train_fused(model, tokenizer, training, samples) if isinstance(r, Exception)]:
                 raise failed[0]
     if device == "cuda":
-        free, total = torch.cuda.mem_get_info()
-        held = torch.cuda.max_memory_reserved()
-        lost = total - free - torch.cuda.memory_reserved() + held
-        return {"imports": 0, "load": load, "train": torch.cuda.max_memory_allocated(), "held": held, "lost": lost}
+        train, held = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        return {"imports": 0, "load": load, "train": train, "held": held}
     return {"imports": imports, "load": load, "train": peak_bytes()}
 
 
@@ -251,7 +250,7 @@ def main() -> None:
     print(f"{where}, {os.cpu_count()} cores, Python {platform.python_version()},", end=" ")
     print(", ".join(f"{name} {importlib.metadata.version(name)}" for name in names), f"({time.strftime('%Y-%m-%d')})\n")
     header = "| model | type | method | rows x tokens | measured GiB | estimated GiB | ratio | model's part, ratio |"
-    header += " held GiB | lost GiB |" if asked.device == "cuda" else ""
+    header += " held GiB |" if asked.device == "cuda" else ""
     print(header + "\n|" + "---|" * (header.count("|") - 1))
     with tempfile.TemporaryDirectory() as folder:
         tiny = write_tiny(Path(folder) / "tiny")
@@ -279,12 +278,12 @@ def line(setting: dict[str, Any], model: str, measured: dict[str, float], estima
     peak = max(measured["load"], measured["train"])
     own = peak - measured["imports"]
     guess = estimate.total_gib
-    guess_own = guess - (PROCESS_GIB["cpu"] if estimate.device == "cpu" else 0)
+    guess_own = guess - (PROCESS_GIB["cpu"] if estimate.device == "cpu" else CUDA_GIB)
     extras = ["rank", "dropout", "fuse", "target_modules", "zero"]
     method = " ".join([setting.get("method", "lora"), *(f"{k} {setting[k]}" for k in extras if k in setting)])
     method += ", checkpointing" if setting.get("gradient_checkpointing") else ""
     shape = f"{setting['micro_batch_size']} x {setting['n_tokens']}"
-    on_gpu = f" {measured['held'] / GIB:.2f} | {measured['lost'] / GIB:.2f} |" if "held" in measured else ""
+    on_gpu = f" {measured['held'] / GIB:.2f} |" if "held" in measured else ""
     return (
         f"| {model} | {setting['dtype']} | {method} | {shape} | {peak / GIB:.2f} | {guess:.2f} | "
         f"{guess * GIB / peak:.2f} | {guess_own * GIB / own:.2f} |{on_gpu}"

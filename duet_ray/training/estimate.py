@@ -39,8 +39,14 @@ _HEAP = {"cpu": 1.5, "cuda": 1.1}
 _CPU_CHECKPOINTED = 0.7
 """Share of a whole pass that checkpointing still takes on a CPU: what the heap does not give back between layers."""
 
+_BYTES_PER_DROPPED = {"cpu": 4, "cuda": 1}
+"""What dropout keeps of every input: its mask, which a GPU's kernel has as one byte."""
+
 PROCESS_GIB = {"cpu": 0.6, "cuda": 1.5}
 """Resident memory of a worker before it has a model: Python and its libraries."""
+
+CUDA_GIB = 0.7
+"""What CUDA itself takes of a GPU for every process (measured on an H100)."""
 
 _BUCKET, _GATHERED = 500_000_000, 1_000_000_000
 """DeepSpeed's defaults, in numbers: the buffer that gradients are exchanged through, and, in stage 3, the weights that
@@ -82,8 +88,8 @@ class MemoryEstimate:
 
     @property
     def device_gib(self) -> float:
-        """At the peak: in a pass, in the optimizer's step, or in the feedback."""
-        return max(self._training_gib, self.feedback_gib)
+        """At the peak: in a pass, in the optimizer's step, or in the feedback; on a GPU with what CUDA takes."""
+        return max(self._training_gib, self.feedback_gib) + (CUDA_GIB if self.device == "cuda" else 0)
 
     @property
     def _training_gib(self) -> float:
@@ -341,7 +347,8 @@ def _lora_bytes(config: StudyConfig, shapes: _Shapes, adapted: list[tuple[str, i
     if width == 4 and training.dropout == 0:
         # Layers with the same input share it. In bfloat16 each adapter has a copy of its own, cast from float32.
         inputs = min(inputs, shapes.n_layers * _distinct_inputs(shapes))
-    dropped = 4 * inputs if training.dropout else 0
+    device = "cuda" if config.fleet.gpus_per_worker > 0 else "cpu"
+    dropped = _BYTES_PER_DROPPED[device] * inputs if training.dropout else 0
     inner = width * training.rank * len(adapted)
     return shapes.n_layers * _block_bytes(shapes, width, inputs=0) + width * inputs + dropped + inner
 

@@ -10,12 +10,12 @@ from duet_ray.config import TrainingConfig
 from duet_ray.errors import SampleFailed
 from duet_ray.execution.trial import scoring_tasks
 from duet_ray.records import BASE_TRIAL, SampleSpec, TokenRow
-from duet_ray.training import Halt
+from duet_ray.training import Halt, fused_lora
 from duet_ray.training.fused_lora import FusedSample, train_fused
 from duet_ray.training.lora import LoraTrainer
 from tests.execution.test_worker import SPEC, make_worker, silent
 from tests.tiny_model import tiny_llama, tiny_tokenizer
-from tests.training.test_fused_lora import assert_as_alone, bundle, config, make_rows
+from tests.training.test_fused_lora import TOLERANCE, assert_as_alone, bundle, config, make_rows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,11 +34,11 @@ def trained(device: str, training: TrainingConfig, dtype: torch.dtype = torch.fl
 
 
 def test_a_sample_is_what_it_is_on_the_cpu() -> None:
-    """Without dropout, whose masks are the device's; in float64, where rounding is far below a mistake."""
+    """Without dropout, whose masks are the device's. In float64 but for the loss, whose rounding Adam blows up."""
     ours, theirs = trained("cuda", config(micro_batch_size=4)), trained("cpu", config(micro_batch_size=4))
     assert ours.keys() == theirs.keys()
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-9)
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("changes", [{}, {"dropout": 0.2}, {"gradient_checkpointing": True, "dropout": 0.2}])
@@ -60,8 +60,35 @@ def test_a_halted_sample_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
 
 
 def test_in_float32_a_bundle_is_what_its_samples_are_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step's gradients to rounding, and what 25 steps of Adam make of it."""
     monkeypatch.setattr("tests.training.test_fused_lora.model_of", lambda dtype: tiny_llama(dtype=dtype).cuda())
-    assert_as_alone(tmp_path, config(dropout=0.1), bundle(tmp_path, 40, 40), torch.float32)
+    monkeypatch.setitem(TOLERANCE, torch.float32, 1e-3)
+    assert_as_alone(tmp_path / "trained", config(dropout=0.1), bundle(tmp_path / "trained", 40, 40), torch.float32)
+
+    training, samples = config(epochs=1, dropout=0.2, max_grad_norm=1e9), bundle(tmp_path, 8, 8)
+    model, expected, found = tiny_llama().cuda(), [], []
+    clip = torch.nn.utils.clip_grad_norm_
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            torch.nn.utils,
+            "clip_grad_norm_",
+            lambda weights, limit: (expected.append([w.grad.clone() for w in weights]), clip(weights, limit))[1],
+        )
+        for sample in samples:
+            LoraTrainer(model, tiny_tokenizer(), training).train(sample.rows, seed=sample.seed)
+            model = tiny_llama().cuda()
+
+    def keep(self, *_: object) -> None:
+        found.extend(list(self.of(i, self.gradients.clone()).values()) for i in range(2))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fused_lora._Adapters, "update", keep)
+    with pytest.raises(KeyboardInterrupt):
+        train_fused(model, tiny_tokenizer(), training, samples)
+    for ours, theirs in zip(found, expected, strict=True):
+        apart = sum(float((a - b).square().sum()) for a, b in zip(ours, theirs, strict=True)) ** 0.5
+        whole = sum(float(b.square().sum()) for b in theirs) ** 0.5
+        assert apart < 1e-5 * whole
 
 
 def wide_rows(n: int) -> list[TokenRow]:
