@@ -97,6 +97,11 @@ MISTAKES = [
     (SEARCH, "store: sqlite:///study.db", "store: must name a file by its whole path"),
     (SEARCH, "artifacts: models", "artifacts: must be a URL such as s3://bucket/folder, got 'models'"),
     (SEARCH, "artifacts: s3://key:word@bucket/x", "artifacts: take the password out of the URL"),
+    (
+        SEARCH,
+        "fleet: {workers_per_group: 2, gpus_per_worker: 0.5}",
+        "fleet.gpus_per_worker: must be 0 or >= 1 with fleet",
+    ),
     (SEARCH, "fleet: {groups: 2, min_groups: 3}", "fleet.min_groups: must be <= fleet.groups = 2, got 3"),
     (SEARCH, "search: {kernel: maternn}", "did you mean `matern`?"),
     (SEARCH, "training: {fuse: 0}", "training.fuse"),

@@ -98,6 +98,11 @@ def _contradictions_at_scale(config: StudyConfig) -> Iterator[tuple[str, str]]:
             yield "training.fuse", f"must be 1 with fleet.workers_per_group = {fleet.workers_per_group}"
         if training.fuse > sampling.k_most:
             yield "training.fuse", f"must be <= sampling.k = {sampling.k_most}, got {training.fuse}"
+    if fleet.workers_per_group > 1 and 0 < fleet.gpus_per_worker < 1:
+        message = (
+            f"must be 0 or >= 1 with fleet.workers_per_group = {fleet.workers_per_group}, got {fleet.gpus_per_worker:g}"
+        )
+        yield "fleet.gpus_per_worker", f"{message}: NCCL takes no two processes on one GPU"
     if fleet.groups_at_start > fleet.groups:
         yield "fleet.min_groups", f"must be <= fleet.groups = {fleet.groups}, got {fleet.min_groups}"
     if fleet.workers_per_group > training.batch_size:
