@@ -19,7 +19,7 @@ MOUNTS = """\
 46 27 0:46 / /mnt/crypt rw - fuse.gocryptfs /home/crypt rw
 47 27 0:47 / /mnt/twice rw - nfs server:/a rw
 48 27 0:48 / /mnt/twice rw - tmpfs tmpfs rw
-49 27 0:40 /projects /work/projects rw,relatime shared:1 - nfs4 server:/home rw,vers=4.2
+49 27 0:40 /projects /data/projects rw,relatime shared:1 - nfs4 server:/home rw,vers=4.2
 50 27 0:50 / /mnt/quobyte rw - fuse.quobyte@registry rw
 51 27 0:51 / /mnt/ceph rw - fuse.ceph-fuse ceph-fuse rw
 52 27 0:52 / /mnt/shared rw - 9p host rw,trans=virtio
@@ -52,7 +52,7 @@ def mounts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         ("/mnt/stick/x", None),
         ("/mnt/crypt/x", None),
         ("/mnt/twice/x", None),
-        ("/work/projects/x", "nfs4"),
+        ("/data/projects/x", "nfs4"),
         ("/mnt/quobyte/x", "fuse.quobyte@registry"),
         ("/mnt/ceph/x", "fuse.ceph-fuse"),
         ("/mnt/shared/x", "9p"),
