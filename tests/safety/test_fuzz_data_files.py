@@ -185,14 +185,14 @@ def test_good_rows_are_good(tokenizers: list[Any], suffix: str, format: str) -> 
         assert found[0].report.n_bad == 0
 
 
-@looking(250)
+@looking(150)
 @given(data=st.data(), suffix=st.sampled_from(sorted(READERS)), format=st.sampled_from(FORMATS), chat=st.booleans())
 def test_rows_with_changes(tokenizers: list[Any], data: st.DataObject, suffix: str, format: str, chat: bool) -> None:
     rows = [*GOOD_ROWS, *data.draw(st.lists(changed_row(), min_size=1, max_size=5))]
     in_new_folder(written_as(suffix, rows), suffix, format, tokenizers[chat])
 
 
-@looking(250)
+@looking(200)
 @given(data=st.data(), suffix=st.sampled_from(sorted(READERS)), format=st.sampled_from(FORMATS))
 def test_files_with_damage(tokenizers: list[Any], data: st.DataObject, suffix: str, format: str) -> None:
     content = data.draw(damaged(written_as(suffix, GOOD_ROWS)))

@@ -194,13 +194,13 @@ def test_what_looks_like_yaml(file: Path, words: list[str]) -> None:
     assert isinstance(check(file, "".join(words).encode("utf-8", "surrogatepass")), str)
 
 
-@looking(400)
+@looking(250)
 @given(data=changed_data())
 def test_a_study_with_changes(file: Path, data: dict[str, Any]) -> None:
     check(file, yaml.safe_dump(data, sort_keys=False).encode("utf-8", "surrogatepass"))
 
 
-@looking(300)
+@looking(150)
 @given(data=changed_data())
 def test_a_study_as_plain_data(data: dict[str, Any]) -> None:
     found = result_or_message(lambda: config_from(data, folder=Path()))
