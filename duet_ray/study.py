@@ -294,12 +294,12 @@ class Study:
         return record
 
     def _see_folder(self, store: Store) -> None:
-        """See that what a study has left is here; its store may be elsewhere.
+        """See that what a study has left is here, where its store is elsewhere.
 
         Raises:
             StoreError: there is none of it.
         """
-        if not (self.folder / "study.yaml").is_file() and store.trials():
+        if self.config.store is not None and not (self.folder / "study.yaml").is_file() and store.trials():
             raise StoreError(
                 f"study {self.config.name} has begun ({store.place}), and its folder is not at {self.folder}: is the "
                 f"share mounted here? `storage` says where it is"

@@ -45,6 +45,9 @@ def ray_session(config: StudyConfig, say: Callable[[str], None] = lambda _: None
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     # A local Ray on a busy machine needs longer than the half minute that Ray gives it.
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # what a newer Ray does by itself
     import ray
 
     if ray.is_initialized():
@@ -53,12 +56,11 @@ def ray_session(config: StudyConfig, say: Callable[[str], None] = lambda _: None
         return
     logging.getLogger("ray").setLevel(logging.ERROR)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-    address = os.environ.get("RAY_ADDRESS")
     with _own_sigterm():
         if address:
             _connect(ray, address, quiet)
         else:
-            # Ray turns token authentication on by itself; the token is this run's own and is written to no file.
+            # The token is this run's own and is written to no file.
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
             ray.init(address="local", include_dashboard=False, **quiet)
     try:

@@ -226,3 +226,17 @@ def measured_restart(zygote: Zygote, finished: Path) -> float:
     started = time.monotonic()
     ended(zygote, finished)
     return time.monotonic() - started
+
+
+def test_a_study_whose_folder_is_not_here_is_not_started_over_it(zygote: Zygote, tmp_path: Path) -> None:
+    """With the store elsewhere: a share that is not mounted must not look like a study without files."""
+    study = write_toy_study(tmp_path, **STUDY, store=f"sqlite:///{tmp_path}/records.db")
+    ended(zygote, study)
+    (tmp_path / "studies").rename(tmp_path / "unmounted")
+    refused = zygote.start(study, "search.n_trials=3")
+    assert refused.wait() == 1
+    assert "study toy has begun" in refused.output()
+    assert "is the share mounted here? `storage` says where it is" in refused.output()
+    shutil.rmtree(tmp_path / "studies", ignore_errors=True)
+    (tmp_path / "unmounted").rename(tmp_path / "studies")
+    ended(zygote, study, "search.n_trials=3")

@@ -7,7 +7,6 @@ bit, the study that `duet run` makes on one machine.
 import os
 import re
 import shutil
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -18,18 +17,13 @@ import psutil
 import pytest
 
 from tests.cluster.commands import blocks
+from tests.execution.ray_nodes import free_port
 from tests.execution.shell import Shell
 from tests.execution.test_study_run import essence, finish, start, trials_of, write_study
 
 pytestmark = [pytest.mark.ray, pytest.mark.cluster, pytest.mark.timeout(1200)]
 
 ROOT = Path(__file__).parents[2]
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
 
 
 def until(condition: Callable[[], Any], what: str, seconds: float = 240) -> None:
