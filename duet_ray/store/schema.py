@@ -96,7 +96,7 @@ artifact = Table(
     metadata,
     Column("trial", Integer, nullable=False),
     Column("sample", Integer, nullable=False),
-    Column("path", Text, nullable=False),  # relative to the study's folder
+    Column("path", Text, nullable=False),  # relative to the study's folder, or a URL
     Column("kept", Integer, nullable=False),
     UniqueConstraint("trial", "sample"),
 )

@@ -28,6 +28,9 @@ from duet_ray.store.upgrade import bring_up_to_date, make_tables, version_of
 _NO_RECORD = (AssertionError, AttributeError, KeyError, RatioError, TypeError, ValueError)
 """What a row raises that is none of ours."""
 
+MOST_AT_ONCE = 500
+"""Values in one condition: databases have limits for that."""
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -101,6 +104,7 @@ class Store:
         """For messages: the file, or the URL."""
         self._transactions = Transactions(database, folder.name)
         self._lease = Lease(self._transactions)
+        self._samples: dict[tuple[int, int], SampleResult] = {}
         try:
             self._open(folder, create=create, is_own_file=url is None)
         except BaseException:
@@ -324,12 +328,7 @@ class Store:
     def trials(self, connection: Connection) -> list[Trial]:
         """Every trial with its samples and observation, in order of number."""
         trials = connection.execute(select(schema.trial).order_by(schema.trial.c.number)).mappings().all()
-        samples = connection.execute(
-            select(schema.sample).order_by(schema.sample.c.trial, schema.sample.c.sample)
-        ).mappings()
-        by_trial: dict[int, list[SampleResult]] = {}
-        for row in samples:
-            by_trial.setdefault(row["trial"], []).append(SampleResult.from_json(row["result"]))
+        by_trial = self._samples_by_trial(connection)
         observations = {
             row["trial"]: Observation(**{name: row[name] for name in Observation.__dataclass_fields__})
             for row in connection.execute(select(schema.observation)).mappings()
@@ -351,9 +350,23 @@ class Store:
             for row in trials
         ]
 
+    def _samples_by_trial(self, connection: Connection) -> dict[int, list[SampleResult]]:
+        """Trial → its samples in order. A sample never changes once it is there: each is read and understood once."""
+        key = (schema.sample.c.trial, schema.sample.c.sample)
+        there = [(row.trial, row.sample) for row in connection.execute(select(*key).order_by(*key))]
+        missing = sorted({trial for trial, sample in there if (trial, sample) not in self._samples})
+        for first in range(0, len(missing), MOST_AT_ONCE):
+            of = schema.sample.c.trial.in_(missing[first : first + MOST_AT_ONCE])
+            for row in connection.execute(select(*key, schema.sample.c.result).where(of)):
+                self._samples[row.trial, row.sample] = SampleResult.from_json(row.result)
+        by_trial: dict[int, list[SampleResult]] = {}
+        for trial, sample in there:
+            by_trial.setdefault(trial, []).append(self._samples[trial, sample])
+        return by_trial
+
     @_reads
     def kept_artifacts(self, connection: Connection) -> dict[tuple[int, int], str]:
-        """(trial, sample) → the adapter's path relative to the study's folder, for those still on disk."""
+        """(trial, sample) → the place of its model (see `kept_models`), for those that are not deleted."""
         rows = connection.execute(select(schema.artifact).where(schema.artifact.c.kept == 1)).mappings()
         return {(row["trial"], row["sample"]): row["path"] for row in rows}
 

@@ -19,7 +19,7 @@ from sqlalchemy import event, select
 from duet_ray import processes
 from duet_ray.errors import StoreError, StudyLocked
 from duet_ray.processes import ProcessIdentity
-from duet_ray.records import BASE_TRIAL, Observation, PastRun, Ratio, SampleSpec
+from duet_ray.records import BASE_TRIAL, Observation, PastRun, Ratio, SampleResult, SampleSpec
 from duet_ray.store import Store, lease, schema
 from tests.store.kill import When, die, kill_at
 from tests.store.places import KINDS, Place, forked, place_of, result, set_driver
@@ -68,6 +68,31 @@ def test_what_is_written_is_read_back(place: Place) -> None:
     assert trial.samples == (result(0, 0, 0.1 + 0.2), result(0, 1, None))
     assert trial.observation == observed
     assert again.kept_artifacts() == {(0, 0): "artifacts/t0/0/adapter"}
+
+
+def test_what_was_read_once_is_not_read_again(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sample never changes, and a study of thousands reads them at every turn; a reader beside sees the new ones."""
+    understood: list[str] = []
+    from_json = SampleResult.from_json
+
+    def counted(data: Any) -> SampleResult:
+        understood.append(data["spec"]["trial"])
+        return from_json(data)
+
+    monkeypatch.setattr(SampleResult, "from_json", counted)
+    store, reader = place.open(), place.open(create=False)
+    with store.writing():
+        store.create_study(name=place.folder.name, config={}, versions={})
+        for number in range(3):
+            store.add_trial(number, "start", RATIO, "random")
+            store.add_sample(result(number, 0, float(number)))
+            for which in (store, reader):
+                assert [s.value for t in which.trials() for s in t.samples] == [float(n) for n in range(number + 1)]
+        store.add_sample(result(0, 1, 9.0))
+        assert [s.value for t in reader.trials() for s in t.samples] == [0.0, 9.0, 1.0, 2.0]
+    # Each of two readers understood each sample once, but for the trial that got another one.
+    assert sorted(understood) == [0, 0, 0, 0, 1, 1, 2, 2]
+    assert place.open(create=False).trials() == reader.trials()
 
 
 def test_there_is_no_study_before_one_is_made(place: Place) -> None:
