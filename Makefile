@@ -37,7 +37,7 @@ types: .venv-test/.ready
 	.venv-test/bin/mypy
 
 unit: .venv-test/.ready
-	$(QUIET) .venv-test/bin/python -m pytest --numprocesses 2 --dist loadfile
+	$(QUIET) .venv-test/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 clean:
 	rm -rf .venv-demo .venv-test $(DEMO) studies build *.egg-info
