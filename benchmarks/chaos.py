@@ -43,6 +43,7 @@ class LightGroup:
 
         import ray
 
+        from duet_ray.execution.broker import ask_actor
         from duet_ray.execution.serving import BrokerGone, Seat, serve
         from tests.light.worker import ToyWorker
 
@@ -50,7 +51,7 @@ class LightGroup:
 
         def ask(method: str, *arguments: Any) -> Any:
             try:
-                return ray.get(getattr(broker, method).remote(*arguments))
+                return ask_actor(broker, method, *arguments)
             except ray.exceptions.RayError as error:
                 raise BrokerGone(str(error)) from error
 

@@ -6,7 +6,6 @@ anything is trained. `ray job stop` sends SIGTERM, which pauses a study, and kil
 RAY_JOB_STOP_WAIT_TIME_S (3 seconds by default): that costs the samples in flight and nothing else.
 """
 
-import json
 import os
 import re
 import shlex
@@ -20,12 +19,10 @@ import typer
 from duet_ray.cli.console import ending_with_a_code, log_to_standard_error, open_study, set_options
 from duet_ray.config import StudyConfig
 from duet_ray.errors import ConfigError, Problem
+from duet_ray.execution.ray_session import JOB_VARIABLE, job_environment
 from duet_ray.study import Study
 
 Config = Annotated[Path, typer.Option("--config", help="The study file (YAML).", metavar="STUDY.YAML")]
-
-JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Ray's own name: set in the entry point of a submitted job, to JSON with the job's runtime environment."""
 
 _SESSION = re.compile(r"session_\d{4}-\d\d-\d\d_.*")
 """A folder of one life of a Ray cluster, below Ray's temporary folder."""
@@ -59,10 +56,10 @@ def fleeting(config: StudyConfig, environment: Any, here: Path) -> list[Problem]
         environment: of the process.
         here: its working folder, which in a job submitted with `--working-dir` is the copy.
     """
-    job = environment.get(JOB_VARIABLE)
-    if not job:
+    job = job_environment(environment)
+    if job is None:
         return []
-    is_copy = bool((json.loads(job).get("runtime_env") or {}).get("working_dir"))
+    is_copy = bool(job.get("working_dir"))
     problems = []
     for key, value, example in (
         ("storage", str(config.study_folder.parent), "/shared/studies"),

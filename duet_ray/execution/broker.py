@@ -472,6 +472,17 @@ class Broker:
         self._finished.append(outcome)
 
 
+def ask_actor(broker: Any, method: str, *arguments: Any) -> Any:
+    """Call a method of the broker's actor, and return its answer.
+
+    Raises:
+        RayError: it is gone, or has not answered within `ANSWER_SECONDS`.
+    """
+    import ray
+
+    return ray.get(getattr(broker, method).remote(*arguments), timeout=ANSWER_SECONDS)
+
+
 def start_broker(name: str, namespace: str, max_retries: int, max_seconds: float | None, n_groups: int) -> Any:
     """Start the broker's actor, and return its handle. Groups and trials find it by name.
 

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from typing import Any
 
 from duet_ray.config import StudyConfig
-from duet_ray.execution.broker import ANSWER_SECONDS, Place
+from duet_ray.execution.broker import Place, ask_actor
 from duet_ray.execution.group import group_loop
 from duet_ray.execution.worker import Assignment
 from duet_ray.processes import started
@@ -103,7 +103,7 @@ class Fleet:
 
         try:
             broker = ray.get_actor(self._broker_name, namespace=self._namespace)
-            return bool(ray.get(broker.wants.remote(group), timeout=ANSWER_SECONDS))
+            return bool(ask_actor(broker, "wants", group))
         except (ValueError, ray.exceptions.RayError):  # there is none any more
             return False
 

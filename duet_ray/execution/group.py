@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from duet_ray.errors import ResourceError
-from duet_ray.execution.broker import ANSWER_SECONDS, Place
+from duet_ray.execution.broker import Place, ask_actor
 from duet_ray.execution.serving import BrokerGone, Seat, pace, see_study, serve
 from duet_ray.execution.worker import Assignment
 from duet_ray.processes import ProcessIdentity
@@ -38,7 +38,7 @@ def group_loop(settings: dict[str, Any]) -> None:
 
     def ask(method: str, *arguments: Any) -> Any:
         try:
-            return ray.get(getattr(broker, method).remote(*arguments), timeout=ANSWER_SECONDS)
+            return ask_actor(broker, method, *arguments)
         except ray.exceptions.RayError as error:
             raise BrokerGone(str(error)) from error
 

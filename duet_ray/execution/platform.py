@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from duet_ray.config import StudyConfig
 from duet_ray.errors import ResourceError
-from duet_ray.execution.broker import ANSWER_SECONDS, Place, start_broker
+from duet_ray.execution.broker import Place, ask_actor, start_broker
 from duet_ray.execution.fleet import Fleet, end_process
 from duet_ray.execution.ray_session import ray_session
 from duet_ray.execution.trial import TrialPlan, run_in_tune
@@ -101,7 +101,7 @@ class RayPlatform:
         import ray
 
         try:
-            return ray.get(getattr(self._broker, method).remote(*arguments), timeout=ANSWER_SECONDS)
+            return ask_actor(self._broker, method, *arguments)
         except ray.exceptions.RayError as error:
             raise PlatformLost(_ray_failed(error)) from error
 

@@ -20,6 +20,9 @@ from duet_ray.errors import ResourceError
 
 POLL_SECONDS = 1.0
 
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Ray's own name: set in the entry point of a submitted job, to JSON with the job's runtime environment."""
+
 OF_WORKERS = (
     *("RAY_CHDIR_TO_TRIAL_DIR", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "TOKENIZERS_PARALLELISM", "DS_ACCELERATOR"),
     *("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"),
@@ -73,13 +76,19 @@ def ray_session(config: StudyConfig, say: Callable[[str], None] = lambda _: None
         ray.shutdown()
 
 
+def job_environment(variables: Mapping[str, str]) -> dict[str, Any] | None:
+    """The runtime environment of the Ray job that a process with these variables is; None where it is no job."""
+    job = variables.get(JOB_VARIABLE)
+    return (json.loads(job).get("runtime_env") or {}) if job else None
+
+
 def _connect(ray: Any, address: str, quiet: Mapping[str, Any]) -> None:
     if address.startswith("ray://"):
         raise ResourceError(
             f"RAY_ADDRESS: the driver of a study runs inside the cluster, got {address}; "
             "start it there by `ray job submit` (see cluster/README.md)"
         )
-    given = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env", {})
+    given = job_environment(os.environ) or {}
     ours = {name: os.environ[name] for name in OF_WORKERS if name in os.environ}
     ours = {name: value for name, value in ours.items() if name not in given.get("env_vars", {})}
     try:

@@ -12,12 +12,13 @@ group was quicker, nor on an interruption.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from duet_ray.config import RacingConfig, n_kept
 from duet_ray.execution.artifacts import Comparison, leave_comparisons, read_comparisons, sample_folder
-from duet_ray.execution.broker import ANSWER_SECONDS, Outcome, Task
+from duet_ray.execution.broker import Outcome, Task, ask_actor
 from duet_ray.records import Direction, SampleResult, SampleSpec, Trial
 
 POLL_SECONDS, MOST_SECONDS = 0.1, 5.0
@@ -127,11 +128,7 @@ def run_in_tune(config: Mapping[str, Any], *, broker_name: str, namespace: str, 
     from ray import tune
 
     broker = ray.get_actor(broker_name, namespace=namespace)
-
-    def ask(method: str, *arguments: Any) -> Any:
-        return ray.get(getattr(broker, method).remote(*arguments), timeout=ANSWER_SECONDS)
-
-    run_trial(config, ask, plan)
+    run_trial(config, partial(ask_actor, broker), plan)
     tune.report({"ended": 1})
 
 

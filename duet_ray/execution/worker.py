@@ -171,9 +171,14 @@ class Worker:
 
     @cached_property
     def _weights(self) -> list[DrawBy]:
-        keys = self._assignment.weights_keys
-        seen(lambda: all(load_weights(Path(self._assignment.weights_folder), key) is not None for key in keys))
-        return load_draws(self._assignment, self._config)
+        found: list[list[DrawBy]] = []
+
+        def are_there() -> bool:
+            with suppress(StoreError):
+                found.append(load_draws(self._assignment, self._config))
+            return bool(found)
+
+        return found[0] if seen(are_there) else load_draws(self._assignment, self._config)  # it says which is missing
 
     @cached_property
     def _surrogate(self) -> tuple[Any, Any]:
